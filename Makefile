@@ -1,0 +1,54 @@
+# Every command of the project. Targets that run something set up `.venv` first; the first call takes minutes.
+
+SHELL := bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+CONFIG ?= configs/demo.yaml
+BIN := .venv/bin
+# The stamp's name changes with the files that decide what is installed, so an unchanged set-up costs nothing.
+STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt tools/install.sh | cksum | cut -d' ' -f1)
+
+.PHONY: help setup demo serve test test-slow test-gpu lint format typecheck clean clean-all
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install the project with its exact dependencies
+
+$(STAMP):
+	PYTHON=$(PYTHON) tools/install.sh
+	@rm -f .venv/.installed-* && touch $@
+
+demo: setup ## run the whole pipeline on the embedded model (CONFIG=... for another configuration)
+	$(BIN)/nexus-ray run $(CONFIG)
+
+serve: setup ## serve base and student of a finished run (CONFIG=... for another configuration)
+	$(BIN)/nexus-ray serve $(CONFIG)
+
+test: setup ## tests that need neither minutes nor a GPU
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: setup ## tests that take minutes each
+	$(BIN)/pytest -m "slow and not gpu"
+
+test-gpu: setup ## tests that need a CUDA device
+	$(BIN)/pytest -m gpu
+
+lint: setup ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## apply the format and the safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: setup ## check types strictly
+	$(BIN)/mypy
+
+clean: ## remove caches and build products
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -rf .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info
+
+clean-all: clean ## remove .venv and runs too
+	rm -rf .venv runs

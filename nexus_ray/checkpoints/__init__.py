@@ -1,0 +1,1 @@
+"""Model files: reading a base lazily, writing and reading overlays, exporting."""

@@ -1,0 +1,94 @@
+"""Ray: connecting or starting it, and mapping work over a pool of actors.
+
+All stages that pass over text use `map_over_pool`: Ray Data streams the work items to an actor pool and results
+come back as they finish, under one progress bar.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from nexus_ray.config import ResourcesSection
+from nexus_ray.console import progress
+
+logger = logging.getLogger(__name__)
+
+
+def ensure_ray() -> None:
+    """Connect to the cluster that RAY_ADDRESS names (a submitted job has it), else start Ray here.
+
+    Ray's CPUs are logical: at least four, so that a two-worker stage and its coordinator fit a two-core laptop.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": logger.isEnabledFor(logging.DEBUG)}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", **quiet)
+    else:
+        logger.info("starting Ray on this machine")
+        ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **quiet)
+
+
+def actor_options(resources: ResourcesSection) -> dict[str, Any]:
+    """Ray's resource request for one worker."""
+    options: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
+    if resources.memory_gib_per_worker is not None:
+        options["memory"] = int(resources.memory_gib_per_worker * 2**30)
+    return options
+
+
+def map_over_pool(
+    worker: type[Callable[[dict[str, Any]], dict[str, Any]]],
+    arguments: dict[str, Any],
+    items: Sequence[dict[str, Any]],
+    resources: ResourcesSection,
+    description: str,
+) -> Iterator[dict[str, Any]]:
+    """Run `worker(**arguments)(item)` for each item on a pool of actors; yield results in completion order.
+
+    Args:
+        worker: class of a callable that takes a row and returns a row.
+        arguments: its constructor's arguments, the same for each actor.
+        items: rows, one call each.
+        resources: how many actors and what each of them gets.
+        description: label of the progress bar.
+    """
+    if not items:
+        return
+    ensure_ray()
+    import ray
+
+    _quiet_ray_data()
+    pool = ray.data.ActorPoolStrategy(size=min(resources.workers, len(items)))
+    results = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
+        worker,  # type: ignore[arg-type]
+        fn_constructor_kwargs=arguments,
+        compute=pool,
+        **actor_options(resources),
+    )
+    with progress(description, total=len(items)) as advance:
+        for row in results.iter_rows():
+            advance(1)
+            yield row
+
+
+def _quiet_ray_data() -> None:
+    """Leave the screen to our own progress bar."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def set_worker_threads(resources: ResourcesSection) -> None:
+    """Give torch as many threads as the worker has CPUs: results must not depend on the machine's core count."""
+    import torch
+
+    torch.set_num_threads(resources.cpus_per_worker)

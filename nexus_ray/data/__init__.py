@@ -1,0 +1,1 @@
+"""Text: where it comes from, how it is tokenised and how it is packed into sequences."""

@@ -1,0 +1,73 @@
+"""Where each artefact of a run lives below its directory: the one place that knows the file names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """Paths below a run directory."""
+
+    directory: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration of the last command that ran here."""
+        return self.directory / "config.yaml"
+
+    @property
+    def stages(self) -> Path:
+        """One record a finished stage: what it was made from and what it made."""
+        return self.directory / "stages"
+
+    @property
+    def router_stats(self) -> Path:
+        """Router moments (safetensors); the description is beside it with suffix .json."""
+        return self.directory / "router_stats.safetensors"
+
+    @property
+    def selection(self) -> Path:
+        """Ranked experts of each layer."""
+        return self.directory / "selection.json"
+
+    @property
+    def initial_overlay(self) -> Path:
+        """Overlay as `convert` wrote it."""
+        return self.directory / "overlay-initial"
+
+    @property
+    def targets(self) -> Path:
+        """Target set."""
+        return self.directory / "targets"
+
+    @property
+    def training(self) -> Path:
+        """Ray Train's recovery checkpoints."""
+        return self.directory / "training"
+
+    @property
+    def best(self) -> Path:
+        """Checkpoint with the lowest validation loss so far."""
+        return self.directory / "best"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line a training record."""
+        return self.directory / "metrics.jsonl"
+
+    @property
+    def overlay(self) -> Path:
+        """The trained overlay."""
+        return self.directory / "overlay"
+
+    @property
+    def report(self) -> Path:
+        """The report as JSON; the Markdown is beside it with suffix .md."""
+        return self.directory / "report.json"
+
+    @property
+    def plots(self) -> Path:
+        """Figures of all stages."""
+        return self.directory / "plots"

@@ -1,0 +1,196 @@
+"""Loading a base model, with or without an overlay, ready to run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from nexus_ray.checkpoints.fingerprint import fingerprint
+from nexus_ray.checkpoints.overlay import OverlayConfig, load_overlay
+from nexus_ray.checkpoints.reader import read_model_config
+from nexus_ray.config import ModelSection
+from nexus_ray.data.packing import Batch
+from nexus_ray.errors import ArtefactError, ModelError
+from nexus_ray.families import MoeDimensions, MoeFamily, family_of
+from nexus_ray.modeling.shared_expert import Activation, SharedExperts, SharedExpertShape
+
+
+@dataclass
+class LoadedModel:
+    """A stock transformers model in evaluation mode, and what nexus-ray knows about it.
+
+    Attributes:
+        model: the transformers model, on `device`.
+        tokenizer: its tokenizer.
+        family: its MoE family.
+        config: its `config.json`.
+        dimensions: sizes of its MoE layers.
+        fingerprint: identity of the base.
+        device: where it is.
+        shared_experts: the attached shared experts, None on a plain base.
+        overlay: their description, None on a plain base.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    family: MoeFamily
+    config: dict[str, Any]
+    dimensions: MoeDimensions
+    fingerprint: str
+    device: torch.device
+    shared_experts: SharedExperts | None = None
+    overlay: OverlayConfig | None = None
+
+    def base(self) -> AbstractContextManager[None]:
+        """Within the block the model computes what the base does."""
+        return self.shared_experts.disabled() if self.shared_experts is not None else nullcontext()
+
+    def forward(self, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the model and keep its router logits, with gradients where parameters have them.
+
+        Args:
+            input_ids: [sequences, length] token ids on `device`.
+            valid: [sequences, length] false on padding, which must be at the end.
+
+        Returns:
+            logits [sequences, length, vocabulary] and router logits [sequences, length, layers, experts].
+        """
+        with self.recording_routers() as records:
+            output = self.model(input_ids=input_ids, attention_mask=valid.long(), use_cache=False)
+        layers = torch.stack(records, dim=1)
+        return output.logits, layers.view(*input_ids.shape, *layers.shape[1:])
+
+    @torch.no_grad()
+    def forward_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`forward` of a packed batch without gradients, in float32."""
+        input_ids = torch.from_numpy(batch.input_ids).long().to(self.device)
+        valid = torch.from_numpy(batch.valid).to(self.device)
+        logits, router_logits = self.forward(input_ids, valid)
+        return logits.float(), router_logits.float()
+
+    @contextmanager
+    def recording_routers(self) -> Iterator[list[Tensor]]:
+        """Collect each layer's router logits [tokens, experts], in layer order, of one forward pass."""
+        records: list[Tensor] = []
+        hooks = [
+            router.register_forward_hook(lambda _m, _i, output: records.append(self.family.router_logits(output)))
+            for router in self.family.routers(self.model)
+        ]
+        try:
+            yield records
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def load_base(section: ModelSection) -> LoadedModel:
+    """Load the frozen base model.
+
+    MXFP4 experts are dequantised: transformers' packed path has no backward and needs a GPU.
+
+    Raises:
+        ModelError: the directory is missing, incomplete or of an unsupported family, or the tokenizer does not
+            fit the model.
+    """
+    config = read_model_config(section.path)
+    family = family_of(config)
+    identity = fingerprint(section.path)
+    device = _device(section)
+    model = _load_transformers(section, config, _dtype(section, device)).to(device).eval().requires_grad_(False)
+    tokenizer = load_tokenizer(section.path, config)
+    return LoadedModel(model, tokenizer, family, config, family.dimensions(config), identity, device)
+
+
+def load_student(section: ModelSection, overlay: Path) -> LoadedModel:
+    """Load the base and attach the overlay in directory `overlay`.
+
+    Raises:
+        ModelError: as `load_base`.
+        ArtefactError: the overlay is missing, damaged or belongs to another base.
+    """
+    loaded = load_base(section)
+    description, tensors = load_overlay(overlay, loaded.fingerprint)
+    experts = build_shared_experts(description, activation(loaded.family, loaded.config))
+    try:
+        experts.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ArtefactError(f"{overlay} does not fit its own description: {error}", "make it again") from error
+    loaded.shared_experts = experts.to(loaded.device)
+    loaded.shared_experts.attach(loaded.family.moe_blocks(loaded.model))
+    loaded.overlay = description
+    return loaded
+
+
+def build_shared_experts(description: OverlayConfig, function: Activation) -> SharedExperts:
+    """Shared experts of the shape that an overlay describes, with undefined weights; frozen but for training."""
+    shape = SharedExpertShape(description.hidden_size, description.width, description.token_gate)
+    experts = SharedExperts(description.layers, shape, function, description.scale)
+    return experts.requires_grad_(False)
+
+
+def activation(family: MoeFamily, config: dict[str, Any]) -> Activation:
+    """The expert activation of a model as a function of (gate, up)."""
+    return functools.partial(family.expert_activation, config=config)
+
+
+def load_tokenizer(path: Path, config: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model and check that every id has an embedding.
+
+    Raises:
+        ModelError: there is none, or its vocabulary is larger than the model's.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers raises many types
+        raise ModelError(f"{path} has no usable tokenizer: {error}", "copy tokenizer.json into it") from error
+    if len(tokenizer) > config["vocab_size"]:
+        raise ModelError(
+            f"the tokenizer in {path} has {len(tokenizer)} tokens, the model {config['vocab_size']}: "
+            "it belongs to another model",
+            "copy the model's own tokenizer.json and tokenizer_config.json into its directory",
+        )
+    return tokenizer
+
+
+def _device(section: ModelSection) -> torch.device:
+    if section.device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("model.device is cuda, but this process sees no GPU", "set resources.gpus_per_worker=1")
+    if section.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(section.device)
+
+
+def _dtype(section: ModelSection, device: torch.device) -> torch.dtype:
+    if section.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if section.dtype == "bfloat16" else torch.float32
+
+
+def _load_transformers(section: ModelSection, config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    quantisation = {"quantization_config": Mxfp4Config(dequantize=True)} if "quantization_config" in config else {}
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            section.path,
+            dtype=dtype,
+            attn_implementation="eager",
+            experts_implementation=section.experts_implementation,
+            local_files_only=True,
+            output_loading_info=True,
+            **quantisation,
+        )
+    except Exception as error:  # transformers and safetensors raise many types
+        raise ModelError(f"transformers cannot load {section.path}: {error}", "is the model complete?") from error
+    problems = [f"{kind} {name}" for kind in ("missing_keys", "unexpected_keys") for name in sorted(info[kind])]
+    if problems:
+        raise ModelError(f"{section.path} does not hold what its config.json describes: {'; '.join(problems[:3])}")
+    return model

@@ -1,0 +1,214 @@
+"""Precomputing a target set: text in, Parquet files of packed sequences and teacher targets out.
+
+One shard of text becomes one Parquet file, so a killed run continues with the shards it lacks, and the bytes do
+not depend on the number of workers. Without a teacher (online distillation, pretraining) only the sequences are
+written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from nexus_ray.cluster import map_over_pool, set_worker_threads
+from nexus_ray.config import DataSection, ModelSection, ResourcesSection, TargetsSection
+from nexus_ray.data.packing import Batch, batches, pack_shard
+from nexus_ray.data.sources import Shard, list_shards
+from nexus_ray.errors import DataError
+from nexus_ray.storage import make_directory, read_json, replace_directory, sha256_file, write_json
+from nexus_ray.targets.compression import compress
+from nexus_ray.targets.format import Manifest, TargetFile, write_rows
+
+logger = logging.getLogger(__name__)
+_RECIPE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """Which targets the teacher computes.
+
+    Attributes:
+        model: the base model.
+        targets: how distributions are compressed.
+        output_sources: sources whose rows get next-token targets.
+        router_sources: sources whose rows get router logits.
+    """
+
+    model: ModelSection
+    targets: TargetsSection
+    output_sources: frozenset[str]
+    router_sources: frozenset[str]
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """Sources that need a teacher pass at all."""
+        return self.output_sources | self.router_sources
+
+
+@dataclass(frozen=True)
+class PrecomputeJob:
+    """One target set to make.
+
+    Attributes:
+        data: text sources and sequence length.
+        names: the sources to pack, in order.
+        tokenizer: directory of the tokenizer.
+        teacher: None packs the text only.
+        base_fingerprint: identity of the base model, None without one.
+        recipe: digest of everything that decides the bytes; parts of another recipe are discarded.
+    """
+
+    data: DataSection
+    names: tuple[str, ...]
+    tokenizer: Path
+    teacher: TeacherPlan | None
+    base_fingerprint: str | None
+    recipe: str
+
+
+def precompute(job: PrecomputeJob, output: Path, resources: ResourcesSection) -> Manifest:
+    """Make the target set at `output`, continuing with what an interrupted call left.
+
+    Raises:
+        DataError: a source is missing, unreadable or shorter than one sequence.
+        StorageError: the file system refused.
+    """
+    shards = list_shards(job.data, "train", job.names)
+    partial = output.with_name(output.name + ".partial")
+    _discard_other_recipe(partial, job.recipe)
+    worker = {"job": job, "output": partial, "resources": resources}
+    missing = [shard.as_row() for shard in shards if not _record_path(partial, shard).exists()]
+    if len(missing) < len(shards):
+        logger.info("continuing: %d of %d shards are done", len(shards) - len(missing), len(shards))
+    for _ in map_over_pool(ShardWriter, worker, missing, resources, "precompute targets"):
+        pass
+    records = [read_json(_record_path(partial, shard), what="shard record", hint="run again") for shard in shards]
+    manifest = _manifest(job, records)
+    _check_enough_text(manifest, job)
+    for shard in shards:
+        _record_path(partial, shard).unlink()
+    (partial / _RECIPE).unlink()
+    manifest.save(partial)
+    replace_directory(partial, output)
+    return manifest
+
+
+class ShardWriter:
+    """Actor that packs a shard, runs the teacher over it and writes its Parquet file."""
+
+    def __init__(self, job: PrecomputeJob, output: Path, resources: ResourcesSection) -> None:
+        from nexus_ray.modeling.loading import load_base
+
+        set_worker_threads(resources)
+        self.job = job
+        self.output = output
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(job.tokenizer)
+        self.teacher = load_base(job.teacher.model) if job.teacher and job.teacher.sources else None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Process one shard row; the small record it leaves beside the file says that the file is complete."""
+        shard = Shard(**row)
+        columns = self._columns(shard)
+        path = self.output / f"shard-{shard.index:05d}.parquet"
+        write_rows(path, columns)
+        record = TargetFile(
+            name=path.name,
+            source=shard.source,
+            sequences=len(columns["num_tokens"]),
+            tokens=int(sum(columns["num_tokens"])),
+            bytes=path.stat().st_size,
+            sha256=sha256_file(path),
+        )
+        write_json(_record_path(self.output, shard), record.model_dump())
+        return {"shard": shard.index, "tokens": record.tokens}
+
+    def _columns(self, shard: Shard) -> dict[str, list[Any]]:
+        plan = self.job.teacher
+        size = plan.targets.batch_sequences if plan else 64
+        columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+        for batch in batches(pack_shard(shard, self.tokenizer, self.job.data.sequence_length), size):
+            for name, values in self._batch_columns(batch, shard.source).items():
+                columns[name] += list(values)
+        return columns
+
+    def _batch_columns(self, batch: Batch, source: str) -> dict[str, Any]:
+        rows = len(batch.num_tokens)
+        columns: dict[str, Any] = dict.fromkeys(_COLUMNS, [[]] * rows)
+        columns |= {"source": [source] * rows, "input_ids": batch.input_ids, "num_tokens": batch.num_tokens}
+        plan = self.job.teacher
+        if self.teacher is None or plan is None or source not in plan.sources:
+            return columns
+        logits, router_logits = self.teacher.forward_batch(batch)
+        if source in plan.output_sources:
+            top = compress(logits, plan.targets.top_k)
+            columns["top_ids"] = top.ids.int().flatten(1).cpu().numpy()
+            columns["top_log_probs"] = top.log_probs.flatten(1).cpu().numpy()
+            columns["tail_log_prob"] = top.tail_log_prob.cpu().numpy()
+        if source in plan.router_sources:
+            columns["router_logits"] = router_logits.half().flatten(1).cpu().numpy()
+        return columns
+
+
+_COLUMNS = ("source", "input_ids", "num_tokens", "top_ids", "top_log_probs", "tail_log_prob", "router_logits")
+
+
+def _record_path(directory: Path, shard: Shard) -> Path:
+    return directory / f"shard-{shard.index:05d}.json"
+
+
+def _discard_other_recipe(partial: Path, recipe: str) -> None:
+    """Start `partial` empty unless it was begun with the same recipe."""
+    marker = partial / _RECIPE
+    if marker.exists() and read_json(marker, what="recipe", hint="delete it") == recipe:
+        return
+    if partial.exists():
+        for file in partial.iterdir():
+            file.unlink()
+    make_directory(partial)
+    write_json(marker, recipe)
+
+
+def _manifest(job: PrecomputeJob, records: list[dict[str, Any]]) -> Manifest:
+    tokenizer = AutoTokenizer.from_pretrained(job.tokenizer)
+    plan = job.teacher
+    return Manifest(
+        base_fingerprint=job.base_fingerprint,
+        tokenizer_sha256=tokenizer_digest(tokenizer),
+        vocabulary=len(tokenizer),
+        sequence_length=job.data.sequence_length,
+        top_k=plan.targets.top_k if plan and plan.output_sources else 0,
+        teacher_sources=tuple(sorted(plan.sources)) if plan else (),
+        files=tuple(TargetFile.model_validate(record) for record in records),
+    )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the vocabulary: the same digest means the same ids for the same tokens."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+
+
+def _check_enough_text(manifest: Manifest, job: PrecomputeJob) -> None:
+    for name in job.names:
+        tokens = sum(file.tokens for file in manifest.files if file.source == name)
+        if tokens < job.data.sequence_length:
+            raise DataError(
+                f"data.sources.{name}.train holds {tokens} tokens, less than one sequence "
+                f"({job.data.sequence_length})",
+                "add text or lower data.sequence_length",
+            )
+
+
+def sequences_by_source(manifest: Manifest) -> dict[str, int]:
+    """Number of sequences of each source in a target set."""
+    totals: dict[str, int] = {}
+    for file in manifest.files:
+        totals[file.source] = totals.get(file.source, 0) + file.sequences
+    return totals
+
+

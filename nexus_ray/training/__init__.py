@@ -1,0 +1,1 @@
+"""Training on Ray Train: distilling shared experts, and pretraining the embedded model."""

@@ -1,0 +1,152 @@
+"""Fixtures shared by all tests: a micro model, a random overlay for it, small texts and one Ray instance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GptOssForCausalLM
+
+from nexus_ray.checkpoints.fingerprint import fingerprint
+from nexus_ray.checkpoints.overlay import OverlayConfig, save_overlay
+from nexus_ray.checkpoints.quantised_export import export_mxfp4
+from nexus_ray.checkpoints.reader import read_model_config
+from nexus_ray.config import ArchitectureSection, Config, load_config
+from nexus_ray.families import family_of
+from nexus_ray.modeling.loading import activation, build_shared_experts
+from nexus_ray.storage import write_text
+from nexus_ray.training.pretrain import build_config
+
+ASSETS = Path(__file__).parents[1] / "assets"
+MICRO = ArchitectureSection(
+    layers=2, hidden_size=64, intermediate_size=64, experts=8, experts_per_token=2, attention_heads=2, key_value_heads=1
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_directory() -> Path:
+    return ASSETS / "tiny-gpt-oss"
+
+
+@pytest.fixture(scope="session")
+def micro_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_directory: Path) -> Path:
+    """A 2-layer GPT-OSS model with random weights and MXFP4 experts."""
+    path = tmp_path_factory.mktemp("models") / "micro"
+    torch.manual_seed(0)
+    config = build_config(MICRO, AutoTokenizer.from_pretrained(tokenizer_directory))
+    config.initializer_range = 0.2
+    model = GptOssForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    export_mxfp4(model, tokenizer_directory, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def micro_overlay(tmp_path_factory: pytest.TempPathFactory, micro_model: Path) -> Path:
+    """An overlay for the micro model in which every tensor matters."""
+    path = tmp_path_factory.mktemp("overlays") / "random"
+    description = OverlayConfig(
+        base_fingerprint=fingerprint(micro_model),
+        model_type="gpt_oss",
+        layers=2,
+        hidden_size=64,
+        width=64,
+        token_gate=True,
+        scale=0.5,
+        learn_scale=False,
+        initialisation="random",
+    )
+    config = read_model_config(micro_model)
+    experts = build_shared_experts(description, activation(family_of(config), config))
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        name: torch.randn(tensor.shape, generator=generator) * 0.2 if "scale" not in name else tensor
+        for name, tensor in experts.state_dict().items()
+    }
+    save_overlay(path, description, tensors)
+    return path
+
+
+def _sentences(words: str, count: int) -> str:
+    vocabulary = words.split()
+    return " ".join(vocabulary[(i * i + i // 7) % len(vocabulary)] for i in range(count)) + "."
+
+
+_TEXTS = {
+    "play": "thou art the king and I thy servant speak good sir or be silent in this night of sorrow",
+    "prose": "the government of the people shall report to congress about commerce peace and the budget",
+}
+
+
+@pytest.fixture(scope="session")
+def micro_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory with {play,prose}.{train,heldout}.jsonl."""
+    directory = tmp_path_factory.mktemp("texts")
+    for name, words in _TEXTS.items():
+        for split, documents, length in (("train", 12, 300), ("heldout", 4, 120)):
+            rows = [{"text": _sentences(words, length + 13 * i)} for i in range(documents)]
+            (directory / f"{name}.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+@pytest.fixture
+def micro_config(micro_model: Path, micro_texts: Path, tmp_path: Path) -> Callable[..., Config]:
+    """A function (run_directory, **{"dotted.field": value}) -> Config of a run that takes seconds a stage."""
+
+    def make(run_directory: Path, **overrides: object) -> Config:
+        sources = "".join(
+            f"    {name}: {{train: {micro_texts}/{name}.train.jsonl, heldout: {micro_texts}/{name}.heldout.jsonl, "
+            f"role: {role}}}\n"
+            for name, role in (("play", "domain"), ("prose", "retention"))
+        )
+        path = tmp_path / "micro.yaml"
+        write_text(path, _MICRO_YAML.format(run=run_directory, model=micro_model, sources=sources))
+        return load_config(path, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+
+    return make
+
+
+_MICRO_YAML = """
+run: {{directory: {run}}}
+model: {{path: {model}}}
+data:
+  sequence_length: 64
+  shard_bytes: 4096
+  sources:
+{sources}
+collect: {{tokens_per_source: 2048, batch_sequences: 4}}
+select: {{top_k: 4}}
+targets: {{top_k: 16, batch_sequences: 4}}
+train:
+  steps: 6
+  sources:
+    play: {{sequences_per_step: 4, cross_entropy: 1.0}}
+    prose: {{sequences_per_step: 4, output_kl: 2.0}}
+  micro_batch_sequences: 2
+  validation_sequences: 4
+  validate_every: 3
+  checkpoint_every: 2
+evaluate: {{batch_sequences: 4}}
+"""
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One Ray instance for all tests."""
+    import ray
+
+    from nexus_ray.cluster import ensure_ray
+
+    ensure_ray()
+    yield
+    ray.shutdown()
