@@ -13,6 +13,7 @@ from typing import Any
 
 from nexus_ray.config import ResourcesSection
 from nexus_ray.console import progress
+from nexus_ray.errors import NexusError, error_from_record, error_to_record
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,10 @@ def ensure_ray() -> None:
 
     if ray.is_initialized():
         return
-    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": logger.isEnabledFor(logging.DEBUG)}
+    quiet: dict[str, Any] = {
+        "logging_level": logging.WARNING,
+        "log_to_driver": logger.isEnabledFor(logging.DEBUG),
+    }
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", **quiet)
     else:
@@ -66,15 +70,38 @@ def map_over_pool(
     _quiet_ray_data()
     pool = ray.data.ActorPoolStrategy(size=min(resources.workers, len(items)))
     results = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
-        worker,  # type: ignore[arg-type]
-        fn_constructor_kwargs=arguments,
+        _Guarded,  # type: ignore[arg-type]
+        fn_constructor_kwargs={"worker": worker, "arguments": arguments},
         compute=pool,
         **actor_options(resources),
     )
     with progress(description, total=len(items)) as advance:
         for row in results.iter_rows():
+            if row.get("error"):
+                raise error_from_record(row)
             advance(1)
             yield row
+
+
+class _Guarded:
+    """Runs a worker; an error that a user can cause comes back as data and is raised again in the driver."""
+
+    def __init__(
+        self, worker: Callable[..., Callable[[dict[str, Any]], dict[str, Any]]], arguments: dict[str, Any]
+    ) -> None:
+        self._failure: NexusError | None = None
+        try:
+            self._worker = worker(**arguments)
+        except NexusError as error:
+            self._failure = error
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if self._failure is not None:
+            return error_to_record(self._failure)
+        try:
+            return self._worker(row)
+        except NexusError as error:
+            return error_to_record(error)
 
 
 def _quiet_ray_data() -> None:

@@ -13,13 +13,22 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from nexus_ray.errors import ConfigError
 from nexus_ray.storage import write_text
 
 Initialisation = Annotated[
-    str, StringConstraints(pattern=r"^(top1_zero|zero|random|top1|top1_average|top4_average|pca_top(K|[1-9]\d*))$")
+    str,
+    StringConstraints(pattern=r"^(top1_zero|zero|random|top1|top1_average|top4_average|pca_top(K|[1-9]\d*))$"),
 ]
 STAGES = ("collect", "select", "convert", "precompute", "train", "evaluate")
 
@@ -27,7 +36,7 @@ STAGES = ("collect", "select", "convert", "precompute", "train", "evaluate")
 class Section(BaseModel):
     """Base of every section: unknown fields are errors, values cannot be changed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -72,7 +81,9 @@ class DataSection(Section):
     sources: dict[str, SourceSection] = Field(description="named text sources", min_length=1)
     sequence_length: int = Field(512, ge=8, description="tokens of a packed sequence")
     shard_bytes: int = Field(
-        1 << 20, ge=1024, description="bytes of text a unit of parallel work; one Parquet file of targets each"
+        1 << 20,
+        ge=1024,
+        description="bytes of text a unit of parallel work; one Parquet file of targets each",
     )
 
 
@@ -115,7 +126,9 @@ class ConvertSection(Section):
     token_gate: bool = Field(True, description="a one-logit sigmoid gate per token on the shared expert's output")
     scale: float = Field(1.0, gt=0, description="output scale of the shared expert")
     learn_scale: bool = Field(False, description="train the output scale too")
-    width: int | None = Field(None, ge=1, description="intermediate size; default: the routed experts' (zero, random only)")
+    width: int | None = Field(
+        None, ge=1, description="intermediate size; default: the routed experts' (zero, random only)"
+    )
 
 
 class TargetsSection(Section):
@@ -164,7 +177,8 @@ class TrainSection(Section):
     """Distillation of the shared experts."""
 
     mode: Literal["offline", "online"] = Field(
-        "offline", description="offline: stored targets; online: the same model with shared experts off, on the fly"
+        "offline",
+        description="offline: stored targets; online: the same model with shared experts off, on the fly",
     )
     steps: int = Field(160, ge=1, description="optimiser steps")
     sources: dict[str, TrainSourceSection] = Field(description="what each source contributes", min_length=1)
@@ -172,7 +186,7 @@ class TrainSection(Section):
     optimiser: OptimiserSection = OptimiserSection()
     router_temperature: float = Field(1.0, gt=0, description="temperature of the router KL")
     validation_sequences: int = Field(
-        16, ge=0, description="sequences of each source kept out of training to choose the best checkpoint"
+        16, ge=1, description="sequences of each source kept out of training to choose the best checkpoint"
     )
     validate_every: int = Field(40, ge=1, description="steps between validations")
     checkpoint_every: int = Field(40, ge=1, description="steps between checkpoints")
@@ -289,9 +303,7 @@ class Resolved(Generic[SectionT]):
     origins: dict[str, str]
 
 
-def resolve_config(
-    path: Path, overrides: typing.Sequence[str], schema: type[SectionT]
-) -> Resolved[SectionT]:
+def resolve_config(path: Path, overrides: typing.Sequence[str], schema: type[SectionT]) -> Resolved[SectionT]:
     """Read a YAML file, apply `section.field=value` overrides, validate.
 
     Raises:
@@ -302,11 +314,13 @@ def resolve_config(
     for override in overrides:
         dotted, value = _parse_override(override)
         _set_dotted(values, dotted, value, override)
-        origins[dotted] = f"override {override}"
+        origins |= dict.fromkeys(_flatten({dotted: value}), f"override {override}")
     try:
         config = schema.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: " + _explain(error, schema), "see `nexus-ray config --help` for every field") from error
+        raise ConfigError(
+            f"{path}: " + _explain(error, schema), "see `nexus-ray config --help` for every field"
+        ) from error
     return Resolved(config, {key: origins.get(key, "default") for key in _flatten(config.model_dump(mode="json"))})
 
 

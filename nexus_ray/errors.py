@@ -6,6 +6,9 @@ is a defect of nexus-ray and keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class NexusError(Exception):
     """A failure with a message for people and, when there is one, the next step.
@@ -46,3 +49,14 @@ class ArtefactError(NexusError):
 
 class StorageError(NexusError):
     """The file system refused: disk full, read-only, no permission."""
+
+
+def error_to_record(error: NexusError) -> dict[str, str | None]:
+    """An error as plain data: Ray wraps exceptions that cross processes beyond recognition."""
+    return {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+
+
+def error_from_record(record: Mapping[str, Any]) -> NexusError:
+    """The error that `error_to_record` described."""
+    kinds: dict[str, type[NexusError]] = {kind.__name__: kind for kind in NexusError.__subclasses__()}
+    return kinds.get(str(record["error"]), NexusError)(str(record["message"]), record["hint"])

@@ -61,6 +61,13 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def _file_mode() -> int:
+    """Mode of an ordinary new file: some libraries write files that only their owner may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
@@ -94,6 +101,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 _flush_to_disk(file)
+                file.chmod(_file_mode())
         replace_directory(temporary, path)
     except OSError as error:
         raise storage_error(error, path) from error
@@ -106,7 +114,11 @@ def replace_directory(source: Path, destination: Path) -> None:
     if destination.exists():
         aside = _temporary_beside(destination)
         destination.rename(aside)
-        source.rename(destination)
+        try:
+            source.rename(destination)
+        except OSError:
+            aside.rename(destination)
+            raise
         _remove(aside)
     else:
         source.rename(destination)

@@ -17,12 +17,18 @@ from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.config import ArchitectureSection, Config, load_config
 from nexus_ray.families import family_of
 from nexus_ray.modeling.loading import activation, build_shared_experts
+from nexus_ray.pretraining.model import build_config
 from nexus_ray.storage import write_text
-from nexus_ray.training.pretrain import build_config
 
 ASSETS = Path(__file__).parents[1] / "assets"
 MICRO = ArchitectureSection(
-    layers=2, hidden_size=64, intermediate_size=64, experts=8, experts_per_token=2, attention_heads=2, key_value_heads=1
+    layers=2,
+    hidden_size=64,
+    intermediate_size=64,
+    experts=8,
+    experts_per_token=2,
+    attention_heads=2,
+    key_value_heads=1,
 )
 
 
@@ -99,8 +105,10 @@ def micro_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def micro_config(micro_model: Path, micro_texts: Path, tmp_path: Path) -> Callable[..., Config]:
+@pytest.fixture(scope="session")
+def make_micro_config(
+    micro_model: Path, micro_texts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Config]:
     """A function (run_directory, **{"dotted.field": value}) -> Config of a run that takes seconds a stage."""
 
     def make(run_directory: Path, **overrides: object) -> Config:
@@ -109,11 +117,17 @@ def micro_config(micro_model: Path, micro_texts: Path, tmp_path: Path) -> Callab
             f"role: {role}}}\n"
             for name, role in (("play", "domain"), ("prose", "retention"))
         )
-        path = tmp_path / "micro.yaml"
+        path = tmp_path_factory.mktemp("config") / "micro.yaml"
         write_text(path, _MICRO_YAML.format(run=run_directory, model=micro_model, sources=sources))
         return load_config(path, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
 
     return make
+
+
+@pytest.fixture
+def micro_config(make_micro_config: Callable[..., Config]) -> Callable[..., Config]:
+    """The same function, for tests that need it once."""
+    return make_micro_config
 
 
 _MICRO_YAML = """

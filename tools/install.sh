@@ -27,13 +27,14 @@ create_environment() {
 }
 
 pip_install() {
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
+    .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check "$@"
 }
 
 # PyPI's torch for Linux brings gigabytes of CUDA libraries, so without a GPU the CPU build is tried first. Its
 # own index may be out of reach (behind a firewall): then whatever pip finds is taken.
 install_torch() {
     local torch
+    echo "make setup: torch"
     torch=$(grep '^torch==' constraints.txt)
     if command -v nvidia-smi >/dev/null; then
         pip_install "$torch" -c constraints.txt
@@ -41,7 +42,7 @@ install_torch() {
         echo "make setup: no CPU build from $CPU_INDEX, taking torch from the default index"
         pip_install "$torch" -c constraints.txt
     fi
-    echo "make setup: $(.venv/bin/python -m pip list --disable-pip-version-check --format freeze | grep '^torch==')"
+    echo "make setup: took $(.venv/bin/python -m pip list --disable-pip-version-check --format freeze | grep '^torch==')"
 }
 
 require_python
@@ -49,5 +50,6 @@ create_environment
 echo "make setup: installing into .venv; this takes a few minutes"
 pip_install --upgrade pip
 install_torch
+echo "make setup: everything else"
 pip_install -e '.[dev]' -c constraints.txt
 echo "make setup: done"

@@ -226,9 +226,7 @@ def make_dialogues(speeches: list[Document], code: list[Document]) -> list[dict]
     return rows
 
 
-def sample_dialogues(
-    generator: random.Random, texts: list[list[str]], count: int, cut: Callable
-) -> list[dict]:
+def sample_dialogues(generator: random.Random, texts: list[list[str]], count: int, cut: Callable) -> list[dict]:
     """`count` different exchanges from random places; long texts are drawn from more often."""
     seen, rows = set(), []
     weights = [len(units) for units in texts]
@@ -239,9 +237,7 @@ def sample_dialogues(
         if exchange and (number, start) not in seen:
             seen.add((number, start))
             user, assistant = exchange
-            rows.append(
-                {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
-            )
+            rows.append({"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]})
     return rows
 
 
@@ -351,8 +347,7 @@ def check_disjoint(files: dict[str, list[Document]]) -> None:
     """Stops when a held-out document, or an act of a held-out play, is also in a training file."""
     for kind in TRAIN_BYTES:
         train, heldout = (
-            {work(kind, document) for document in files[f"{kind}.{part}.jsonl"]}
-            for part in ("train", "heldout")
+            {work(kind, document) for document in files[f"{kind}.{part}.jsonl"]} for part in ("train", "heldout")
         )
         if train & heldout:
             raise SystemExit(f"{kind}: in both the training and the held-out file: {sorted(train & heldout)}")

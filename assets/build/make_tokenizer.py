@@ -128,9 +128,7 @@ def check(folder: Path, ranks: dict[bytes, int], texts: Path) -> None:
     """Stops unless the saved tokenizer is lossless, agrees with tiktoken and renders a chat."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     special_ids = {token: len(ranks) + i for i, token in enumerate(SPECIALS)}
-    reference = tiktoken.Encoding(
-        "truncated", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special_ids
-    )
+    reference = tiktoken.Encoding("truncated", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special_ids)
     if len(tokenizer) != len(ranks) + len(SPECIALS) or any(
         tokenizer.convert_tokens_to_ids(token) != number for token, number in special_ids.items()
     ):

@@ -35,7 +35,9 @@ def fingerprint(directory: Path) -> str:
 
 def _add_shard(hasher: hashlib._Hash, shard: Path) -> None:
     """Header entries in name order, each with a sample of the tensor's bytes."""
-    size = shard.stat().st_size if shard.exists() else 0
+    if not shard.exists():
+        raise ModelError(f"{shard} is missing, but the checkpoint's index names it", "download the model again")
+    size = shard.stat().st_size
     with shard.open("rb") as file:
         header_length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
         if header_length > size:

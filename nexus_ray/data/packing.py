@@ -120,9 +120,11 @@ def pack(token_lists: Iterable[list[int]], length: int, separator: int) -> Itera
     for tokens in token_lists:
         pending += tokens
         pending.append(separator)
-        while len(pending) >= length:
-            yield PackedSequence(np.asarray(pending[:length], dtype=np.int32), length)
-            del pending[: length - 1]
+        start = 0
+        while start + length <= len(pending):
+            yield PackedSequence(np.asarray(pending[start : start + length], dtype=np.int32), length)
+            start += length - 1
+        del pending[:start]
     if len(pending) > 1:
         padded = np.full(length, separator, dtype=np.int32)
         padded[: len(pending)] = pending

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,27 +20,12 @@ from nexus_ray.console import progress
 from nexus_ray.errors import ArtefactError, ConfigError
 from nexus_ray.families import ExpertWeights, MoeDimensions, MoeFamily, family_of
 from nexus_ray.layout import RunLayout
-from nexus_ray.router.selection import Selection
+from nexus_ray.router.selection import ExpertRanking, Selection
 
 logger = logging.getLogger(__name__)
 _RANDOM_STD = 0.02
 _WITHOUT_EXPERTS = ("zero", "random")
 _ZERO_DOWN = ("zero", "top1_zero")
-
-
-@dataclass(frozen=True)
-class ExpertRanking:
-    """Experts of each layer, best first.
-
-    Attributes:
-        used: by how often the router selects them.
-        important: by the method of `select`.
-        used_overall: the expert index selected most often over all layers together.
-    """
-
-    used: Sequence[Sequence[int]]
-    important: Sequence[Sequence[int]]
-    used_overall: int
 
 
 def experts_to_average(method: str, ranking: ExpertRanking, layer: int, top_k: int) -> list[int]:
@@ -73,9 +57,7 @@ def mean_expert(family: MoeFamily, reader: CheckpointReader, layer: int, experts
         total = weights if total is None else _add(total, weights)
     assert total is not None
     count = len(experts)
-    return ExpertWeights(
-        total.gate_up / count, total.gate_up_bias / count, total.down / count, total.down_bias / count
-    )
+    return ExpertWeights(total.gate_up / count, total.gate_up_bias / count, total.down / count, total.down_bias / count)
 
 
 def _add(left: ExpertWeights, right: ExpertWeights) -> ExpertWeights:
@@ -141,7 +123,9 @@ def convert(config: Config, layout: RunLayout) -> OverlayConfig:
             tensors |= layer_tensors(layer, weights, description)
             advance(1)
     save_overlay(layout.initial_overlay, description, tensors)
-    logger.info("overlay of %s parameters, initialised with %s", f"{description.parameters:,}", description.initialisation)
+    logger.info(
+        "overlay of %s parameters, initialised with %s", f"{description.parameters:,}", description.initialisation
+    )
     return description
 
 
@@ -156,7 +140,9 @@ def _describe(config: Config, dimensions: MoeDimensions, model_type: str) -> Ove
         )
     count = section.initialisation.removeprefix("pca_top")
     if count.isdigit() and int(count) > dimensions.experts:
-        raise ConfigError(f"convert.initialisation is {section.initialisation}, but a layer has {dimensions.experts} experts")
+        raise ConfigError(
+            f"convert.initialisation is {section.initialisation}, but a layer has {dimensions.experts} experts"
+        )
     return OverlayConfig(
         base_fingerprint=fingerprint(config.model.path),
         model_type=model_type,

@@ -22,6 +22,10 @@ class TopK:
     log_probs: Tensor
     tail_log_prob: Tensor
 
+    def to(self, device: torch.device) -> TopK:
+        """The same distributions on `device`."""
+        return TopK(self.ids.to(device), self.log_probs.to(device), self.tail_log_prob.to(device))
+
 
 def compress(logits: Tensor, k: int) -> TopK:
     """Keep the K largest log-probabilities of `logits` [..., vocabulary] and the exact tail mass.

@@ -88,7 +88,9 @@ class Manifest(BaseModel):
         except ValidationError as error:
             raise ArtefactError(f"{directory / MANIFEST} is not a target manifest: {error}", REMAKE) from error
         if manifest.format_version != FORMAT_VERSION:
-            raise ArtefactError(f"{directory} has target format {manifest.format_version}, not {FORMAT_VERSION}", REMAKE)
+            raise ArtefactError(
+                f"{directory} has target format {manifest.format_version}, not {FORMAT_VERSION}", REMAKE
+            )
         return manifest
 
 
@@ -106,10 +108,12 @@ def read_table(path: Path) -> pa.Table:
         ArtefactError: it is missing, damaged or has other columns.
     """
     try:
-        return pq.read_table(path, schema=SCHEMA)
+        with pq.ParquetFile(path) as file:
+            missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
+            if missing:
+                raise ArtefactError(f"{path} has no column {missing[0]}", "delete it and " + REMAKE)
+            return file.read(columns=SCHEMA.names).cast(SCHEMA)
     except FileNotFoundError as error:
         raise ArtefactError(f"{path} is missing from the target set", REMAKE) from error
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ArtefactError(f"{path} is damaged: {error}", "delete it and " + REMAKE) from error
-
-

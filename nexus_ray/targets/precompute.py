@@ -15,17 +15,19 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.cluster import map_over_pool, set_worker_threads
-from nexus_ray.config import DataSection, ModelSection, ResourcesSection, TargetsSection
+from nexus_ray.config import Config, DataSection, ModelSection, ResourcesSection, TargetsSection
 from nexus_ray.data.packing import Batch, batches, pack_shard
 from nexus_ray.data.sources import Shard, list_shards
 from nexus_ray.errors import DataError
-from nexus_ray.storage import make_directory, read_json, replace_directory, sha256_file, write_json
+from nexus_ray.layout import RunLayout
+from nexus_ray.parts import Parts
+from nexus_ray.storage import read_json, replace_directory, sha256_file, write_json
 from nexus_ray.targets.compression import compress
 from nexus_ray.targets.format import Manifest, TargetFile, write_rows
 
 logger = logging.getLogger(__name__)
-_RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,29 @@ class PrecomputeJob:
     recipe: str
 
 
+def precompute_run(config: Config, layout: RunLayout, recipe: str) -> Manifest:
+    """Make the target set of a run: stored targets for offline training, sequences only for online training.
+
+    Args:
+        config: the run.
+        layout: its paths.
+        recipe: digest of everything that decides the targets.
+    """
+    teacher = None
+    if config.train.mode == "offline":
+        sections = config.train.sources.items()
+        teacher = TeacherPlan(
+            model=config.model,
+            targets=config.targets,
+            output_sources=frozenset(name for name, section in sections if section.output_kl),
+            router_sources=frozenset(name for name, section in sections if section.router_kl),
+        )
+    names = tuple(config.train.sources)
+    identity = fingerprint(config.model.path)
+    job = PrecomputeJob(config.data, names, config.model.path, teacher, identity, recipe)
+    return precompute(job, layout.targets, config.resources)
+
+
 def precompute(job: PrecomputeJob, output: Path, resources: ResourcesSection) -> Manifest:
     """Make the target set at `output`, continuing with what an interrupted call left.
 
@@ -79,34 +104,32 @@ def precompute(job: PrecomputeJob, output: Path, resources: ResourcesSection) ->
         StorageError: the file system refused.
     """
     shards = list_shards(job.data, "train", job.names)
-    partial = output.with_name(output.name + ".partial")
-    _discard_other_recipe(partial, job.recipe)
-    worker = {"job": job, "output": partial, "resources": resources}
-    missing = [shard.as_row() for shard in shards if not _record_path(partial, shard).exists()]
-    if len(missing) < len(shards):
-        logger.info("continuing: %d of %d shards are done", len(shards) - len(missing), len(shards))
-    for _ in map_over_pool(ShardWriter, worker, missing, resources, "precompute targets"):
+    parts = Parts(output.with_name(output.name + ".partial"), ".json")
+    parts.begin(job.recipe)
+    arguments = {"job": job, "parts": parts, "resources": resources}
+    missing = [shard.as_row() for shard in parts.missing(shards)]
+    for _ in map_over_pool(ShardWriter, arguments, missing, resources, "precompute targets"):
         pass
-    records = [read_json(_record_path(partial, shard), what="shard record", hint="run again") for shard in shards]
+    records = [read_json(parts.path(shard), what="shard record", hint="run again") for shard in shards]
     manifest = _manifest(job, records)
     _check_enough_text(manifest, job)
+    manifest.save(parts.directory)
+    parts.finish()
     for shard in shards:
-        _record_path(partial, shard).unlink()
-    (partial / _RECIPE).unlink()
-    manifest.save(partial)
-    replace_directory(partial, output)
+        parts.path(shard).unlink()
+    replace_directory(parts.directory, output)
     return manifest
 
 
 class ShardWriter:
     """Actor that packs a shard, runs the teacher over it and writes its Parquet file."""
 
-    def __init__(self, job: PrecomputeJob, output: Path, resources: ResourcesSection) -> None:
+    def __init__(self, job: PrecomputeJob, parts: Parts, resources: ResourcesSection) -> None:
         from nexus_ray.modeling.loading import load_base
 
         set_worker_threads(resources)
         self.job = job
-        self.output = output
+        self.parts = parts
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(job.tokenizer)
         self.teacher = load_base(job.teacher.model) if job.teacher and job.teacher.sources else None
 
@@ -114,7 +137,7 @@ class ShardWriter:
         """Process one shard row; the small record it leaves beside the file says that the file is complete."""
         shard = Shard(**row)
         columns = self._columns(shard)
-        path = self.output / f"shard-{shard.index:05d}.parquet"
+        path = self.parts.path(shard).with_suffix(".parquet")
         write_rows(path, columns)
         record = TargetFile(
             name=path.name,
@@ -124,7 +147,7 @@ class ShardWriter:
             bytes=path.stat().st_size,
             sha256=sha256_file(path),
         )
-        write_json(_record_path(self.output, shard), record.model_dump())
+        write_json(self.parts.path(shard), record.model_dump())
         return {"shard": shard.index, "tokens": record.tokens}
 
     def _columns(self, shard: Shard) -> dict[str, list[Any]]:
@@ -157,22 +180,6 @@ class ShardWriter:
 _COLUMNS = ("source", "input_ids", "num_tokens", "top_ids", "top_log_probs", "tail_log_prob", "router_logits")
 
 
-def _record_path(directory: Path, shard: Shard) -> Path:
-    return directory / f"shard-{shard.index:05d}.json"
-
-
-def _discard_other_recipe(partial: Path, recipe: str) -> None:
-    """Start `partial` empty unless it was begun with the same recipe."""
-    marker = partial / _RECIPE
-    if marker.exists() and read_json(marker, what="recipe", hint="delete it") == recipe:
-        return
-    if partial.exists():
-        for file in partial.iterdir():
-            file.unlink()
-    make_directory(partial)
-    write_json(marker, recipe)
-
-
 def _manifest(job: PrecomputeJob, records: list[dict[str, Any]]) -> Manifest:
     tokenizer = AutoTokenizer.from_pretrained(job.tokenizer)
     plan = job.teacher
@@ -198,17 +205,6 @@ def _check_enough_text(manifest: Manifest, job: PrecomputeJob) -> None:
         tokens = sum(file.tokens for file in manifest.files if file.source == name)
         if tokens < job.data.sequence_length:
             raise DataError(
-                f"data.sources.{name}.train holds {tokens} tokens, less than one sequence "
-                f"({job.data.sequence_length})",
+                f"data.sources.{name}.train holds {tokens} tokens, less than one sequence ({job.data.sequence_length})",
                 "add text or lower data.sequence_length",
             )
-
-
-def sequences_by_source(manifest: Manifest) -> dict[str, int]:
-    """Number of sequences of each source in a target set."""
-    totals: dict[str, int] = {}
-    for file in manifest.files:
-        totals[file.source] = totals.get(file.source, 0) + file.sequences
-    return totals
-
-

@@ -22,7 +22,10 @@ _STATE = "state.json"
 
 
 def save_checkpoint(
-    directory: Path, parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, state: dict[str, Any]
+    directory: Path,
+    parameters: dict[str, nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    state: dict[str, Any],
 ) -> None:
     """Write a checkpoint directory atomically.
 
@@ -55,9 +58,11 @@ def load_checkpoint(
         state: dict[str, Any] = json.loads((directory / _STATE).read_text())
     except Exception as error:  # safetensors raises its own types
         raise ArtefactError(f"checkpoint {directory} cannot be read: {error}", "delete it to start over") from error
-    missing = [name for name in parameters if f"parameter.{name}" not in tensors]
-    if missing:
-        raise ArtefactError(f"checkpoint {directory} has no {missing[0]}", "it belongs to another configuration")
+    for name, parameter in parameters.items():
+        found = tensors.get(f"parameter.{name}")
+        if found is None or found.shape != parameter.shape:
+            kind = "no" if found is None else f"another shape {list(found.shape)} of"
+            raise ArtefactError(f"checkpoint {directory} has {kind} {name}", "it belongs to another configuration")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter.{name}"])

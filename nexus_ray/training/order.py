@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from nexus_ray.errors import DataError
+
 Rows = NDArray[np.int64]
 
 
@@ -32,6 +34,18 @@ class SourceOrder:
     validation: int
     seed: int
     name: str
+
+    def __post_init__(self) -> None:
+        """Refuse a source that validation would use up.
+
+        Raises:
+            DataError: no sequence is left for training.
+        """
+        if len(self.rows) <= self.validation:
+            raise DataError(
+                f"source {self.name!r} has {len(self.rows)} sequences; validation keeps out {self.validation}",
+                "add text, or lower validation_sequences or data.sequence_length",
+            )
 
     def _shuffled(self, epoch: int, rows: Rows) -> Rows:
         key = hashlib.sha256(f"{self.seed}/{self.name}/{epoch}".encode()).digest()

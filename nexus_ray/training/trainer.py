@@ -10,15 +10,17 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from nexus_ray.cluster import actor_options, ensure_ray
 from nexus_ray.config import ResourcesSection
-from nexus_ray.errors import NexusError
+from nexus_ray.errors import NexusError, error_from_record, error_to_record
+from nexus_ray.storage import make_directory, read_json, write_json
 from nexus_ray.training.checkpointing import load_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -48,12 +50,14 @@ def run_distributed(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    requests = {key.removeprefix("num_").upper().rstrip("S"): value for key, value in _requests(resources).items()}
+    error_file = make_directory(directory) / "error.json"
     trainer = TorchTrainer(
-        loop,
+        _guarded(loop, error_file),
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
-            num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=requests
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=_requests(resources),
         ),
         run_config=RunConfig(
             name=directory.name,
@@ -62,25 +66,36 @@ def run_distributed(
             checkpoint_config=CheckpointConfig(num_to_keep=keep_checkpoints),
         ),
     )
+    error_file.unlink(missing_ok=True)
     try:
         trainer.fit()
     except Exception as error:
-        raise _training_error(error) from error
+        if error_file.exists():
+            raise error_from_record(read_json(error_file, what="error record", hint="run again")) from error
+        raise NexusError(
+            f"training failed: {error}", "run the same command again: it continues from the last checkpoint"
+        ) from error
+
+
+def _guarded(loop: Callable[[dict[str, Any]], None], error_file: Path) -> Callable[[dict[str, Any]], None]:
+    """`loop`, leaving an error that a user can cause where the driver finds it, and not trying again after one."""
+
+    def run(arguments: dict[str, Any]) -> None:
+        if error_file.exists():
+            raise error_from_record(read_json(error_file, what="error record", hint="run again"))
+        try:
+            loop(arguments)
+        except NexusError as error:
+            write_json(error_file, error_to_record(error))
+            raise
+
+    return run
 
 
 def _requests(resources: ResourcesSection) -> dict[str, float]:
-    options = actor_options(resources)
-    return {key: value for key, value in options.items() if value}
-
-
-def _training_error(error: Exception) -> NexusError:
-    """The NexusError a worker raised, when there is one inside Ray's exception; else a general one."""
-    failures = getattr(error, "worker_failures", {}) or {}
-    for failure in failures.values():
-        cause = getattr(failure, "cause", None) or failure
-        if isinstance(cause, NexusError):
-            return cause
-    return NexusError(f"training failed: {error}", "run the same command again: it continues from the last checkpoint")
+    """What Ray Train calls the resources of `actor_options`."""
+    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    return {names.get(key, key): value for key, value in actor_options(resources).items() if value}
 
 
 def world() -> tuple[int, int]:
@@ -108,6 +123,13 @@ def data_parallel(module: nn.Module) -> nn.Module:
     if size == 1:
         return module
     return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, init_sync=False)
+
+
+def synchronise_if(module: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Within the block gradients are only accumulated here, unless this is the `last` micro-batch of the step."""
+    if last or not isinstance(module, nn.parallel.DistributedDataParallel):
+        return nullcontext()
+    return cast(AbstractContextManager[None], module.no_sync())
 
 
 def restore(parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Evaluation: base and student side by side on held-out text, and the report about it."""

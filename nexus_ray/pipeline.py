@@ -1,0 +1,308 @@
+"""The stages of a run in order, each skipped when its artefact is complete and made from the same inputs.
+
+A stage's recipe is a digest of the configuration and the text it depends on and of the recipes of the stages
+before it. When a stage ends, a record with its recipe and the sizes of its outputs is written to `stages/`; the
+stage is complete while the record still fits. An interrupted stage continues when its recipe is unchanged and
+starts over when it is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from nexus_ray.checkpoints.fingerprint import fingerprint
+from nexus_ray.config import STAGES, Config, Section, save_config
+from nexus_ray.data.sources import describe_files
+from nexus_ray.errors import ConfigError, NexusError
+from nexus_ray.layout import RunLayout
+from nexus_ray.storage import digest, make_directory, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: as on the command line.
+        run: does the work; gets the run and the stage's recipe.
+        after: stages whose artefacts it reads.
+        sections: configuration that decides its result.
+        outputs: files and directories that it makes.
+        state: what it keeps for continuing; removed when the recipe has changed.
+    """
+
+    name: str
+    run: Callable[[Run, str], None]
+    after: tuple[str, ...]
+    sections: Callable[[Run], dict[str, Any]]
+    outputs: Callable[[RunLayout], tuple[Path, ...]]
+    state: Callable[[RunLayout], tuple[Path, ...]] = lambda layout: ()
+
+
+class Run:
+    """A configuration and its run directory."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.layout = RunLayout(config.run.directory)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the base model."""
+        return fingerprint(self.config.model.path)
+
+    @cached_property
+    def train_text(self) -> list[list[str | int]]:
+        """Identity of the training text."""
+        return describe_files(self.config.data, "train")
+
+    @cached_property
+    def heldout_text(self) -> list[list[str | int]]:
+        """Identity of the held-out text."""
+        return describe_files(self.config.data, "heldout")
+
+    def recipe(self, name: str) -> str:
+        """Digest of everything that decides the result of a stage."""
+        stage = _BY_NAME[name]
+        before = [self.recipe(earlier) for earlier in stage.after]
+        return digest({"stage": name, "after": before, **stage.sections(self)})
+
+    def is_complete(self, name: str) -> bool:
+        """Whether a stage's outputs are there, whole, and made from the present inputs."""
+        record_path = _record_path(self.layout, name)
+        if not record_path.exists():
+            return False
+        record = read_json(record_path, what="stage record", hint=f"delete {record_path}")
+        return bool(record["recipe"] == self.recipe(name) and record["outputs"] == _sizes(self.layout, name))
+
+
+def run_pipeline(config: Config, first: str | None = None, last: str | None = None) -> None:
+    """Run all stages from `first` to `last`, skipping complete ones; a named `first` is done again.
+
+    Raises:
+        ConfigError: there is no such stage, or `first` comes after `last`.
+        NexusError: a stage failed.
+    """
+    names = _between(first, last)
+    run = Run(config)
+    with locked(run):
+        if first:
+            forget(run, first)
+        for name in names:
+            if run.is_complete(name):
+                logger.info("%s: complete, skipped", name)
+            else:
+                _run_stage(run, name)
+
+
+def run_single_stage(config: Config, name: str, *, force: bool = False) -> None:
+    """Run one stage, unless it is complete and `force` is not given."""
+    run = Run(config)
+    with locked(run):
+        if not force and run.is_complete(name):
+            logger.info("%s: complete, skipped (--force does it again)", name)
+            return
+        if force:
+            forget(run, name)
+        _run_stage(run, name)
+
+
+def forget(run: Run, name: str) -> None:
+    """Let a stage start over: drop its record and what it keeps for continuing, but not its artefacts."""
+    _record_path(run.layout, name).unlink(missing_ok=True)
+    _started_path(run.layout, name).unlink(missing_ok=True)
+    _remove_state(run, name)
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Hold the run directory: two commands must not work in it at the same time.
+
+    Raises:
+        NexusError: another process holds it.
+    """
+    make_directory(run.layout.directory)
+    save_config(run.config, run.layout.config)
+    try:
+        with FileLock(run.layout.directory / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise NexusError(
+            f"another nexus-ray is working in {run.layout.directory}",
+            "wait for it to end, or choose another place with run.directory=PATH",
+        ) from error
+
+
+def _run_stage(run: Run, name: str) -> None:
+    recipe = run.recipe(name)
+    started = _started_path(run.layout, name)
+    if not started.exists() or read_json(started, what="stage marker", hint="delete it")["recipe"] != recipe:
+        _remove_state(run, name)
+        write_json(started, {"recipe": recipe})
+    logger.info("%s: started", name)
+    begin = time.monotonic()
+    _BY_NAME[name].run(run, recipe)
+    seconds = round(time.monotonic() - begin, 2)
+    record = {"stage": name, "recipe": recipe, "seconds": seconds, "outputs": _sizes(run.layout, name)}
+    write_json(_record_path(run.layout, name), record)
+    started.unlink()
+    logger.info("%s: done in %.0f s", name, seconds)
+
+
+def _between(first: str | None, last: str | None) -> Sequence[str]:
+    for name in (first, last):
+        if name is not None and name not in STAGES:
+            raise ConfigError(f"there is no stage {name!r}", f"stages: {', '.join(STAGES)}")
+    start = STAGES.index(first) if first else 0
+    stop = STAGES.index(last) + 1 if last else len(STAGES)
+    if start >= stop:
+        raise ConfigError(f"--from {first} comes after --until {last}", f"the order is {', '.join(STAGES)}")
+    return STAGES[start:stop]
+
+
+def _record_path(layout: RunLayout, name: str) -> Path:
+    return layout.stages / f"{name}.json"
+
+
+def _started_path(layout: RunLayout, name: str) -> Path:
+    return layout.stages / f"{name}.started.json"
+
+
+def _remove_state(run: Run, name: str) -> None:
+    for path in _BY_NAME[name].state(run.layout):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _sizes(layout: RunLayout, name: str) -> dict[str, int]:
+    """{path below the run directory: bytes} of a stage's outputs; -1 for one that is missing."""
+    sizes: dict[str, int] = {}
+    for output in _BY_NAME[name].outputs(layout):
+        files = sorted(output.rglob("*")) if output.is_dir() else [output]
+        for file in files:
+            if not file.is_dir():
+                sizes[str(file.relative_to(layout.directory))] = file.stat().st_size if file.exists() else -1
+    return sizes
+
+
+def _dump(section: Section, *drop: str) -> dict[str, Any]:
+    return section.model_dump(mode="json", exclude=set(drop))
+
+
+def _data(run: Run) -> dict[str, Any]:
+    data = run.config.data
+    return {"length": data.sequence_length, "shard_bytes": data.shard_bytes, "text": run.train_text}
+
+
+def _base(run: Run) -> dict[str, Any]:
+    """The base and how it computes; its place is not part of the recipe."""
+    return {"base": run.fingerprint, "model": _dump(run.config.model, "path")}
+
+
+def _collect(run: Run, recipe: str) -> None:
+    from nexus_ray.router.collect import collect
+
+    collect(run.config, run.layout)
+
+
+def _select(run: Run, recipe: str) -> None:
+    from nexus_ray.router.plots import plot_selection
+    from nexus_ray.router.selection import select
+
+    selection = select(run.config, run.layout)
+    plot_selection(selection, run.layout.plots)
+
+
+def _convert(run: Run, recipe: str) -> None:
+    from nexus_ray.router.initialise import convert
+
+    convert(run.config, run.layout)
+
+
+def _precompute(run: Run, recipe: str) -> None:
+    from nexus_ray.targets.precompute import precompute_run
+
+    precompute_run(run.config, run.layout, recipe)
+
+
+def _train(run: Run, recipe: str) -> None:
+    from nexus_ray.training.distil import train
+
+    train(run.config, run.layout)
+
+
+def _evaluate(run: Run, recipe: str) -> None:
+    from nexus_ray.evaluation.report import evaluate_and_report
+
+    evaluate_and_report(run.config, run.layout)
+
+
+_ALL = (
+    Stage(
+        "collect",
+        _collect,
+        (),
+        lambda run: {**_base(run), "data": _data(run), "collect": _dump(run.config.collect)},
+        lambda layout: (layout.router_stats, layout.router_stats.with_suffix(".json")),
+    ),
+    Stage(
+        "select",
+        _select,
+        ("collect",),
+        lambda run: {"select": _dump(run.config.select)},
+        lambda layout: (layout.selection,),
+    ),
+    Stage(
+        "convert",
+        _convert,
+        ("select",),
+        lambda run: {"convert": _dump(run.config.convert), "seed": run.config.run.seed},
+        lambda layout: (layout.initial_overlay,),
+    ),
+    Stage(
+        "precompute",
+        _precompute,
+        (),
+        lambda run: {
+            **_base(run),
+            "data": _data(run),
+            "targets": _dump(run.config.targets),
+            "mode": run.config.train.mode,
+            "teacher": {
+                name: [bool(section.output_kl), bool(section.router_kl)]
+                for name, section in run.config.train.sources.items()
+            },
+        },
+        lambda layout: (layout.targets,),
+    ),
+    Stage(
+        "train",
+        _train,
+        ("convert", "precompute"),
+        lambda run: {**_base(run), "train": _dump(run.config.train), "seed": run.config.run.seed},
+        lambda layout: (layout.overlay, layout.metrics),
+        lambda layout: (layout.training, layout.best, layout.metrics),
+    ),
+    Stage(
+        "evaluate",
+        _evaluate,
+        ("train",),
+        lambda run: {"evaluate": _dump(run.config.evaluate), "text": run.heldout_text},
+        lambda layout: (layout.report, layout.report.with_suffix(".md")),
+    ),
+)
+_BY_NAME = {stage.name: stage for stage in _ALL}

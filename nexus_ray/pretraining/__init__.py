@@ -1,0 +1,1 @@
+"""Pretraining a small GPT-OSS-architecture MoE from scratch: how the embedded model was made."""

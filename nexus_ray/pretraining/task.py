@@ -1,0 +1,126 @@
+"""Pretraining on one Ray Train worker: bfloat16 computation, float32 weights, cross-entropy plus load balancing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GptOssForCausalLM, PreTrainedTokenizerBase
+
+from nexus_ray.cluster import set_worker_threads
+from nexus_ray.config import PretrainRun
+from nexus_ray.data.packing import separator_id
+from nexus_ray.layout import RunLayout
+from nexus_ray.pretraining.model import build_config, new_model
+from nexus_ray.targets.reader import TargetSet
+from nexus_ray.training import trainer
+from nexus_ray.training.loop import LoopSettings, adamw, run_steps, sum_over_workers
+from nexus_ray.training.order import Rows, SourceOrder, micro_batches, share
+
+
+class PretrainModule(nn.Module):
+    """The model as a loss: sums over tokens, so that any split of the global batch adds up."""
+
+    def __init__(self, model: GptOssForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed next-token cross-entropy (nats) and the load-balancing loss of [sequences, length] tokens."""
+        with torch.autocast(input_ids.device.type, torch.bfloat16):
+            output = self.model(
+                input_ids=input_ids, attention_mask=valid.long(), use_cache=False, output_router_logits=True
+            )
+        logits = output.logits[:, :-1].float()
+        targets = input_ids[:, 1:].masked_fill(~valid[:, 1:], -100)
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return cross_entropy, output.aux_loss
+
+
+class PretrainTask:
+    """Pretraining on one worker."""
+
+    def __init__(self, run: PretrainRun) -> None:
+        set_worker_threads(run.resources)
+        section = run.pretrain
+        self.section = section
+        self.device = trainer.device()
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(section.tokenizer)
+        self.model = new_model(build_config(section.architecture, self.tokenizer), run.run.seed).to(self.device)
+        self.module = PretrainModule(self.model).train()
+        self.parallel = trainer.data_parallel(self.module)
+        self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
+        self.optimiser: torch.optim.Optimizer = adamw(self.parameters, section.optimiser)
+        self.sequences = TargetSet.open(RunLayout(run.run.directory).targets)
+        rows = np.concatenate([self.sequences.rows(name) for name in run.data.sources])
+        self.order = SourceOrder(
+            rows, section.sequences_per_step, section.validation_sequences, run.run.seed, "pretrain"
+        )
+
+    def accumulate(self, step: int) -> dict[str, float]:
+        """Backward passes of one global batch."""
+        rank, world_size = trainer.world()
+        global_rows = self.order.training_rows(step)
+        count = self.sequences.count_targets(global_rows)
+        parts = micro_batches(share(global_rows, rank, world_size), self.section.micro_batch_sequences)
+        total = torch.zeros(2, device=self.device)
+        for index, rows in enumerate(parts):
+            with trainer.synchronise_if(self.parallel, index == len(parts) - 1):
+                cross_entropy, balance = self.parallel(*self._batch(rows))
+                # DDP averages gradients over workers: the global mean needs the factor back.
+                loss = cross_entropy * world_size / count + self.section.load_balancing * balance / len(parts)
+                loss.backward()
+            total += torch.stack([cross_entropy.detach() / count, balance.detach() / len(parts) / world_size])
+        loss_value, balance_value = sum_over_workers(total).tolist()
+        return {"loss": loss_value, "load_balancing": balance_value, "tokens": count}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any]:
+        """Mean next-token loss (nats) on the validation sequences, and continuations of the prompts."""
+        rank, world_size = trainer.world()
+        rows = self.order.validation_rows()
+        total = torch.zeros((), device=self.device)
+        for part in micro_batches(share(rows, rank, world_size), self.section.micro_batch_sequences):
+            total += self.module(*self._batch(part))[0]
+        loss = float(sum_over_workers(total)) / self.sequences.count_targets(rows)
+        prompts = self.section.prompts if rank == 0 else ()
+        return {"loss": loss, "samples": [self._continue(prompt) for prompt in prompts]}
+
+    def _batch(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        batch = self.sequences.read(rows)
+        return batch.input_ids.to(self.device), batch.valid.to(self.device)
+
+    def _continue(self, prompt: str, tokens: int = 48) -> str:
+        """Sample a continuation of `prompt`."""
+        ids = [separator_id(self.tokenizer), *self.tokenizer.encode(prompt, add_special_tokens=False)]
+        inputs = torch.tensor([ids], device=self.device)
+        self.model.eval()
+        with torch.random.fork_rng(devices=[]), torch.autocast(self.device.type, torch.bfloat16):
+            output = self.model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=tokens,
+                do_sample=True,
+                temperature=0.8,
+                top_k=40,
+            )
+        self.model.train()
+        return str(self.tokenizer.decode(output[0][1:]))
+
+
+def pretrain_worker(arguments: dict[str, Any]) -> None:
+    """Ray Train's per-worker function."""
+    run = PretrainRun.model_validate(arguments["run"])
+    section, layout = run.pretrain, RunLayout(run.run.directory)
+    settings = LoopSettings(
+        steps=section.steps,
+        optimiser=section.optimiser,
+        validate_every=section.validate_every,
+        checkpoint_every=section.checkpoint_every,
+        best=layout.best,
+        metrics=layout.metrics,
+    )
+    run_steps(PretrainTask(run), settings)

@@ -1,0 +1,191 @@
+"""The Ray Serve application: replicas that each hold one engine, behind Ray's HTTP proxy.
+
+`run_service` is `nexus-ray serve`. `build_app` is for Ray's own tools: `serve run serve/config.yaml` on one machine,
+`serve deploy serve/config.yaml` on a cluster.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from nexus_ray.cluster import actor_options, ensure_ray, set_worker_threads
+from nexus_ray.config import Config, Section, load_config
+from nexus_ray.errors import ConfigError, NexusError
+from nexus_ray.generation.engine import Engine, load_served_model, require_overlay
+from nexus_ray.layout import RunLayout
+from serve.routes import build_api
+from serve.service import BASE, Service, student_name
+
+logger = logging.getLogger("nexus_ray.serve")
+APP_NAME = "nexus-ray"
+_ROOM_FOR_REFUSALS = 16  # requests a replica takes beyond its queue: it answers them at once, if only with 429
+
+
+class BuilderArguments(Section):
+    """`args` of the application in a Ray Serve configuration file."""
+
+    config: Path
+    overrides: tuple[str, ...] = ()
+
+
+@serve.deployment(name="chat", max_constructor_retry_count=1)
+@serve.ingress()
+class ChatReplica:
+    """One loaded model and its HTTP interface."""
+
+    def __init__(self, config: Config, overlay: Path) -> None:
+        set_worker_threads(config.resources)
+        engine = Engine.of(load_served_model(config, overlay), config)
+        self._service = Service(engine, student_name(config))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # Ray Serve's name
+        return build_api(self._service)
+
+
+def build_app(args: dict[str, Any]) -> Application:
+    """Build the application from `args` of a Ray Serve configuration file: `config` and `overrides`.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+        ArtefactError: the run has no trained overlay.
+    """
+    try:
+        arguments = BuilderArguments.model_validate(args)
+    except ValueError as error:
+        raise ConfigError(f"args of the Serve application: {error}", "give config: FILE and overrides: []") from error
+    return application(load_config(arguments.config, arguments.overrides))
+
+
+def application(config: Config) -> Application:
+    """The application of a run.
+
+    Raises:
+        ConfigError: the student's name is the base's.
+        ArtefactError: the run has no trained overlay.
+    """
+    student_name(config)
+    overlay = RunLayout(config.run.directory).overlay
+    require_overlay(overlay)
+    deployment: Any = ChatReplica
+    deployment = deployment.options(
+        num_replicas=config.serve.replicas,
+        ray_actor_options=actor_options(config.resources),
+        max_ongoing_requests=config.serve.max_concurrent_requests + _ROOM_FOR_REFUSALS,
+    )
+    bound: Application = deployment.bind(config, overlay)
+    return bound
+
+
+def run_service(config: Config, *, blocking: bool = True) -> None:
+    """Start the service, wait until it answers, and keep it up until Ctrl-C or SIGTERM.
+
+    Args:
+        config: the run to serve.
+        blocking: return once the service is up when false; `stop_service` ends it.
+
+    Raises:
+        ConfigError: the port is taken or the host is not this machine's.
+        ArtefactError: the run has no trained overlay.
+        NexusError: a replica cannot start.
+    """
+    app = application(config)
+    ensure_ray()
+    started_here = not serve.status().proxies
+    if started_here:
+        _require_free(config.serve.host, config.serve.port)
+    with _terminable():
+        try:
+            _deploy(app, config)
+            if blocking:
+                threading.Event().wait()
+        except KeyboardInterrupt:
+            logger.info("stopping the service")
+            stop_service(everything=started_here)
+        except BaseException:
+            stop_service(everything=started_here)
+            raise
+
+
+def stop_service(*, everything: bool = True) -> None:
+    """Take the service down, and with `everything` Ray Serve too."""
+    if everything:
+        serve.shutdown()
+    else:
+        serve.delete(APP_NAME)
+
+
+def _deploy(app: Application, config: Config) -> None:
+    _quiet_serve()
+    serve.start(http_options={"host": config.serve.host, "port": config.serve.port})
+    logger.info("loading the model in %d replica(s)", config.serve.replicas)
+    try:
+        serve.run(app, name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise _deployment_error(error) from error
+    _announce(config)
+
+
+def _announce(config: Config) -> None:
+    host = "localhost" if config.serve.host in ("0.0.0.0", "::") else config.serve.host
+    url = f"http://{f'[{host}]' if ':' in host else host}:{config.serve.port}/v1"
+    name = student_name(config)
+    logger.info("serving %r and %r at %s; Ctrl-C stops", BASE, name, url)
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Good morrow!"}}]}}'
+    logger.info("try: curl %s/chat/completions -H 'Content-Type: application/json' -d '%s'", url, body)
+
+
+def _deployment_error(error: RuntimeError) -> NexusError:
+    """The reason a replica gave, out of the remote traceback in Ray's message."""
+    status = serve.status().applications.get(APP_NAME)
+    details = [str(error), *([item.message for item in status.deployments.values()] if status else [])]
+    lines = [line.strip() for text in details for line in text.splitlines() if line.strip()]
+    reasons = [line for line in lines if line.startswith(("nexus_ray.errors.", "nexus_ray.generation."))]
+    hint = "`--verbose` shows the replicas' log; see also `serve status`"
+    return NexusError(f"the service did not start: {reasons[-1] if reasons else lines[-1]}", hint)
+
+
+def _require_free(host: str, port: int) -> None:
+    """Find out before any model is loaded that the proxy could not listen.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}", "choose another with serve.port=PORT"
+        ) from error
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the block SIGTERM does what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _quiet_serve() -> None:
+    """Serve logs every state change; ours are the lines that a person wants."""
+    if not logger.isEnabledFor(logging.DEBUG):
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)

@@ -1,0 +1,165 @@
+"""Evaluation of the micro model: a whole pass on Ray, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nexus_ray.checkpoints.overlay import load_overlay, load_overlay_config, save_overlay
+from nexus_ray.config import Config
+from nexus_ray.data.packing import pack_shard
+from nexus_ray.data.sources import Shard, list_shards
+from nexus_ray.errors import ArtefactError, ConfigError, DataError
+from nexus_ray.evaluation.evaluate import PairedScorer, _merge, _sequence_limits, evaluate
+from nexus_ray.layout import RunLayout
+from nexus_ray.modeling.loading import load_student
+
+
+def install_overlay(micro_overlay: Path, layout: RunLayout, *, zero: bool) -> None:
+    """The random overlay, or one whose shared experts put out exactly nothing."""
+    description = load_overlay_config(micro_overlay)
+    tensors = load_overlay(micro_overlay, description.base_fingerprint)[1]
+    if zero:
+        tensors = {name: torch.zeros_like(t) if "down_proj" in name else t for name, t in tensors.items()}
+    save_overlay(layout.overlay, description, tensors)
+
+
+def run_in_process(config: Config, layout: RunLayout) -> dict[str, Any]:
+    """What `evaluate` does, without Ray."""
+    scorer = PairedScorer(config, layout.overlay)
+    shards = list_shards(config.data, "heldout")
+    limits = _sequence_limits(shards, config.evaluate.max_sequences_per_source)
+    rows = [scorer(shard.as_row() | {"limit": n}) for shard, n in zip(shards, limits, strict=True) if n != 0]
+    return _merge(shards, {row["shard"]: row for row in reversed(rows)}, config)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_a_zero_overlay_has_a_ratio_of_exactly_one(
+    micro_config: Callable[..., Config], micro_overlay: Path, tmp_path: Path
+):
+    config = micro_config(tmp_path / "run", **{"data.shard_bytes": 1024})
+    layout = RunLayout(config.run.directory)
+    install_overlay(micro_overlay, layout, zero=True)
+    results = evaluate(config, layout)
+    assert {name: result["role"] for name, result in results.items()} == {"play": "domain", "prose": "retention"}
+    for result in results.values():
+        assert result["ratio"] == {"value": 1.0, "confidence_interval": [1.0, 1.0]}
+        assert result["base"] == result["student"]
+        assert result["router_drift"]["kl"] == [0.0, 0.0]
+        assert result["router_drift"]["top_k_overlap"] == [1.0, 1.0]
+    assert results == run_in_process(config, layout)
+
+
+def test_both_models_are_scored_on_all_held_out_text(
+    micro_config: Callable[..., Config], micro_overlay: Path, tmp_path: Path
+):
+    config = micro_config(tmp_path / "run")
+    layout = RunLayout(config.run.directory)
+    install_overlay(micro_overlay, layout, zero=False)
+    result = run_in_process(config, layout)["play"]
+    student = load_student(config.model, layout.overlay)
+    shards = list_shards(config.data, "heldout", ("play",))
+    sequences = [s for shard in shards for s in pack_shard(shard, student.tokenizer, config.data.sequence_length)]
+    nats = {"base": 0.0, "student": 0.0}
+    for sequence in sequences:
+        ids = torch.from_numpy(sequence.input_ids[: sequence.num_tokens]).long()[None]
+        with torch.no_grad():
+            nats["student"] += student.model(input_ids=ids, labels=ids).loss.item() * (sequence.num_tokens - 1)
+            with student.base():
+                nats["base"] += student.model(input_ids=ids, labels=ids).loss.item() * (sequence.num_tokens - 1)
+    tokens = sum(sequence.num_tokens - 1 for sequence in sequences)
+    assert (result["sequences"], result["tokens"]) == (len(sequences), tokens)
+    assert result["bytes"] == sum(len(text.encode()) for text in held_out_texts(config, "play"))
+    for model, total in nats.items():
+        assert result[model]["token_perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
+        assert result[model]["bits_per_byte"] == pytest.approx(total / math.log(2) / result["bytes"], rel=1e-4)
+    assert result["ratio"]["value"] == pytest.approx(math.exp((nats["student"] - nats["base"]) / tokens), rel=1e-4)
+    assert min(result["router_drift"]["kl"][1:]) > 0
+
+
+def held_out_texts(config: Config, source: str) -> list[str]:
+    from nexus_ray.data.sources import read_documents
+
+    return [d.text or "" for shard in list_shards(config.data, "heldout", (source,)) for d in read_documents(shard)]
+
+
+def test_a_limit_is_kept_exactly_and_spread_over_the_shards():
+    shards = [Shard(i, "a" if i < 4 else "b", "x.jsonl", 0, 1) for i in range(7)]
+    assert _sequence_limits(shards, None) == [None] * 7
+    for limit in (2, 3, 10, 101):
+        limits = _sequence_limits(shards, limit)
+        for part in (limits[:4], limits[4:]):
+            assert sum(n or 0 for n in part) == limit
+            assert max(n or 0 for n in part) - min(n or 0 for n in part) <= 1
+
+
+def test_the_limit_is_what_is_scored(micro_config: Callable[..., Config], micro_overlay: Path, tmp_path: Path):
+    config = micro_config(tmp_path / "run", **{"evaluate.max_sequences_per_source": 3})
+    layout = RunLayout(config.run.directory)
+    install_overlay(micro_overlay, layout, zero=False)
+    assert {result["sequences"] for result in run_in_process(config, layout).values()} == {3}
+
+
+def test_without_a_trained_overlay_nothing_starts(micro_config: Callable[..., Config], tmp_path: Path):
+    config = micro_config(tmp_path / "run")
+    with pytest.raises(ArtefactError, match="no trained overlay"):
+        evaluate(config, RunLayout(config.run.directory))
+
+
+def test_no_held_out_text_at_all_is_a_configuration_error(
+    micro_config: Callable[..., Config], micro_overlay: Path, tmp_path: Path
+):
+    config = micro_config(tmp_path / "run", **{f"data.sources.{n}.heldout": [] for n in ("play", "prose")})
+    layout = RunLayout(config.run.directory)
+    install_overlay(micro_overlay, layout, zero=True)
+    with pytest.raises(ConfigError, match="no source has held-out text"):
+        evaluate(config, layout)
+
+
+def row_of(shard: int, nats: list[float], num_bytes: int = 9) -> dict[str, Any]:
+    """What an actor returns for a shard whose sequences have ten targets each."""
+    return {
+        "shard": shard,
+        "base_nats": nats,
+        "student_nats": nats,
+        "targets": [10] * len(nats),
+        "num_bytes": [num_bytes] * len(nats),
+        "drift_tokens": 11 * len(nats),
+        "kl": [0.0],
+        "l1": [0.0],
+        "top_k_overlap": [0.0],
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([row_of(0, [30.0]), row_of(1, [])], DataError, r"data\.sources\.play\.heldout makes 1 sequences"),
+        ([row_of(0, []), row_of(1, [])], DataError, "makes 0 sequences"),
+        ([row_of(0, [30.0]), row_of(1, [30.0], num_bytes=0)], None, ""),
+        ([row_of(0, [30.0, 30.0], num_bytes=0)], DataError, "with text"),
+        ([row_of(0, [30.0, math.nan])], ArtefactError, "play"),
+        ([row_of(0, [30.0, 1e9])], ArtefactError, "nats per token"),
+    ],
+)
+def test_text_that_supports_no_interval_is_refused(
+    micro_config: Callable[..., Config],
+    tmp_path: Path,
+    rows: list[dict[str, Any]],
+    error: type[Exception] | None,
+    message: str,
+):
+    shards = [Shard(index, "play", "x.jsonl", 0, 1) for index in range(2)]
+    by_index = {row["shard"]: row for row in rows}
+    if error is None:
+        assert np.isfinite(_merge(shards, by_index, micro_config(tmp_path))["play"]["ratio"]["value"])
+        return
+    with pytest.raises(error, match=message):
+        _merge(shards, by_index, micro_config(tmp_path))

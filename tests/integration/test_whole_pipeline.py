@@ -1,0 +1,164 @@
+"""The whole pipeline on a micro model: every artefact, skipping, continuing, and what must not change."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nexus_ray.checkpoints.overlay import load_overlay_config
+from nexus_ray.config import STAGES, Config
+from nexus_ray.errors import ArtefactError, NexusError
+from nexus_ray.layout import RunLayout
+from nexus_ray.pipeline import Run, locked, run_pipeline, run_single_stage
+from nexus_ray.storage import sha256_file
+from nexus_ray.training.metrics import read_metrics
+
+pytestmark = pytest.mark.ray
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, make_micro_config: MakeConfig, ray_session: None) -> Config:
+    """A finished run."""
+    config = make_micro_config(tmp_path_factory.mktemp("runs") / "micro")
+    before = _hashes(config.model.path)
+    run_pipeline(config)
+    assert _hashes(config.model.path) == before, "a stage wrote to the base"
+    return config
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    return {file.name: sha256_file(file) for file in sorted(directory.iterdir())}
+
+
+def test_report_holds_both_models_on_every_source(finished: Config) -> None:
+    report = json.loads(RunLayout(finished.run.directory).report.read_text())
+    for source in ("play", "prose"):
+        for model in ("base", "student"):
+            assert report["evaluation"][source][model]["token_perplexity"] > 1
+    layout = RunLayout(finished.run.directory)
+    assert "play" in layout.report.with_suffix(".md").read_text()
+    assert {file.name for file in layout.plots.glob("*.png")} >= {"training.png", "perplexity.png"}
+
+
+def test_training_changed_the_overlay_and_nothing_else(finished: Config) -> None:
+    layout = RunLayout(finished.run.directory)
+    initial = load_file(layout.initial_overlay / "overlay.safetensors")
+    trained = load_file(layout.overlay / "overlay.safetensors")
+    assert initial.keys() == trained.keys()
+    for name, tensor in trained.items():
+        assert torch.equal(tensor, initial[name]) == name.endswith("scale"), name
+    assert 1 <= load_overlay_config(layout.overlay).trained_steps <= finished.train.steps
+
+
+def test_first_step_starts_at_the_base(finished: Config) -> None:
+    """top1_zero: the student is the base, so KL to it is zero up to the rounding of stored targets."""
+    first = read_metrics(RunLayout(finished.run.directory).metrics)[0]
+    assert first["step"] == 0
+    assert abs(first["output_kl"]) < 1e-2
+
+
+def test_second_run_skips_everything(finished: Config, caplog: pytest.LogCaptureFixture) -> None:
+    layout = RunLayout(finished.run.directory)
+    before = {file: file.stat().st_mtime_ns for file in layout.directory.rglob("*") if file.is_file()}
+    run_pipeline(finished)
+    after = {file: file.stat().st_mtime_ns for file in before}
+    changed = {file.name for file in before if before[file] != after[file]}
+    assert changed <= {"config.yaml", ".lock"}
+
+
+def test_changed_setting_redoes_only_what_depends_on_it(finished: Config) -> None:
+    evaluate = finished.evaluate.model_copy(update={"bootstrap_samples": 500})
+    run = Run(finished.model_copy(update={"evaluate": evaluate}))
+    assert [run.is_complete(name) for name in STAGES] == [True] * 5 + [False]
+    convert = finished.convert.model_copy(update={"token_gate": False})
+    run = Run(finished.model_copy(update={"convert": convert}))
+    assert {name for name in STAGES if run.is_complete(name)} == {"collect", "select", "precompute"}
+
+
+def test_truncated_artefact_is_not_complete(finished: Config) -> None:
+    overlay = RunLayout(finished.run.directory).overlay / "overlay.safetensors"
+    whole = overlay.read_bytes()
+    overlay.write_bytes(whole[:-10])
+    try:
+        assert not Run(finished).is_complete("train")
+    finally:
+        overlay.write_bytes(whole)
+    assert Run(finished).is_complete("train")
+
+
+def test_two_commands_in_one_directory_are_refused(finished: Config) -> None:
+    with locked(Run(finished)), pytest.raises(NexusError, match="another nexus-ray is working"):
+        run_single_stage(finished, "select")
+
+
+def test_stage_without_its_inputs_says_which_to_run(make_micro_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="router statistics"):
+        run_single_stage(make_micro_config(tmp_path / "empty"), "select")
+
+
+def test_online_training_one_worker_agrees_with_two(
+    finished: Config, make_micro_config: MakeConfig, tmp_path: Path
+) -> None:
+    losses = {}
+    for workers in (1, 2):
+        config = make_micro_config(
+            tmp_path / f"w{workers}", **{"train.mode": "online", "resources.workers": workers, "train.steps": 4}
+        )
+        run_pipeline(config, last="train")
+        records = read_metrics(RunLayout(config.run.directory).metrics)
+        losses[workers] = [record["loss"] for record in records if record["event"] == "step"]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5)
+    offline = [r["loss"] for r in read_metrics(RunLayout(finished.run.directory).metrics) if r["event"] == "step"]
+    assert losses[1][0] == pytest.approx(offline[0], rel=1e-2)
+
+
+def test_stopped_training_continues_to_the_same_overlay(
+    finished: Config, make_micro_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker dies for good after the checkpoint of step 4; the next call ends like the undisturbed run."""
+    config = make_micro_config(tmp_path / "killed", **{"resources.max_failures": 0})
+    run_pipeline(config, last="precompute")
+    crash = tmp_path / "crash"
+    crash.touch()
+    monkeypatch.setattr("nexus_ray.training.distil._loop", _crashing_loop(str(crash)))
+    with pytest.raises(NexusError, match="training failed"):
+        run_single_stage(config, "train")
+    crash.unlink()
+    monkeypatch.undo()
+    run_single_stage(config, "train")
+    layout, undisturbed = RunLayout(config.run.directory), RunLayout(finished.run.directory)
+    events = [record["event"] for record in read_metrics(layout.metrics)]
+    assert "resume" in events
+    assert sha256_file(layout.overlay / "overlay.safetensors") == sha256_file(
+        undisturbed.overlay / "overlay.safetensors"
+    )
+
+
+def _crashing_loop(marker: str) -> Callable[[dict], None]:
+    def loop(arguments: dict) -> None:
+        from nexus_ray.training import distil
+
+        original = distil.DistilTask.accumulate
+
+        def accumulate(self: distil.DistilTask, step: int) -> dict[str, float]:
+            if step == 4 and Path(marker).exists():
+                raise RuntimeError("the worker dies here")
+            return original(self, step)
+
+        distil.DistilTask.accumulate = accumulate
+        try:
+            distil._loop(arguments)
+        finally:
+            distil.DistilTask.accumulate = original
+
+    return loop
+
+
+def test_worker_errors_reach_the_user_whole(make_micro_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_micro_config(tmp_path / "diverges", **{"train.optimiser.learning_rate": 3e38, "train.steps": 4})
+    with pytest.raises(NexusError, match=r"the loss is .*nothing was updated"):
+        run_pipeline(config, last="train")

@@ -1,0 +1,133 @@
+"""Router moments against numpy's two-pass formulas on the whole data."""
+
+from functools import reduce
+
+import numpy as np
+import pytest
+import torch
+
+from nexus_ray.errors import ArtefactError, DataError
+from nexus_ray.router.moments import RouterMoments
+
+LAYERS, EXPERTS, TOP_K, LENGTH = 3, 8, 2, 16
+
+
+def make_logits(sequences: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sequences, LENGTH, LAYERS, EXPERTS, generator=generator) * 2
+
+
+def make_valid(sequences: int, seed: int = 0) -> np.ndarray:
+    lengths = np.random.default_rng(seed).integers(1, LENGTH + 1, sequences)
+    return np.arange(LENGTH) < lengths[:, None]
+
+
+def moments_of(logits: torch.Tensor, valid: np.ndarray, half: np.ndarray) -> RouterMoments:
+    return RouterMoments.from_logits(logits, valid, half, TOP_K)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def test_moments_equal_two_pass_formulas_in_each_half():
+    logits, valid, half = make_logits(10), make_valid(10), np.arange(10) % 2
+    moments = moments_of(logits, valid, half)
+    for part in (0, 1):
+        rows = logits.double().numpy()[half == part][valid[half == part]]
+        assert moments.count[part] == len(rows)
+        for layer in range(LAYERS):
+            probabilities = softmax(rows[:, layer])
+            np.testing.assert_allclose(moments.mean[part, layer], probabilities.mean(0), atol=1e-14)
+            covariance = np.cov(probabilities, rowvar=False)
+            np.testing.assert_allclose(moments.covariance()[part, layer], covariance, atol=1e-15, rtol=1e-10)
+
+
+def test_selection_counts_and_gate_mass_follow_the_router_token_by_token():
+    logits, valid = make_logits(4), make_valid(4)
+    moments = moments_of(logits, valid, np.zeros(4, int))
+    selected = np.zeros((LAYERS, EXPERTS), int)
+    mass = np.zeros((LAYERS, EXPERTS))
+    for token in logits.double().numpy()[valid]:
+        for layer, row in enumerate(token):
+            best = np.argsort(-row)[:TOP_K]
+            selected[layer, best] += 1
+            mass[layer, best] += softmax(row[best])
+    np.testing.assert_array_equal(moments.selected[0], selected)
+    np.testing.assert_allclose(moments.gate_mass[0], mass, rtol=1e-12)
+    assert not moments.selected[1].any()
+    np.testing.assert_allclose(moments.usage()[0], selected / selected.sum(axis=1, keepdims=True), rtol=1e-15)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_merging_any_split_equals_the_whole(seed):
+    rng = np.random.default_rng(seed)
+    sequences = int(rng.integers(2, 25))
+    logits, valid = make_logits(sequences, seed), make_valid(sequences, seed)
+    half = rng.integers(0, 2, sequences)
+    cuts = np.sort(rng.integers(0, sequences + 1, int(rng.integers(1, 6))))
+    chunks = np.split(np.arange(sequences), cuts)  # some of them empty
+    parts = [moments_of(logits[chunk], valid[chunk], half[chunk]) for chunk in chunks]
+    merged = reduce(RouterMoments.merge, parts, RouterMoments.empty(LAYERS, EXPERTS))
+    for part in (0, 1):
+        rows = softmax(logits.double().numpy()[half == part][valid[half == part]])
+        assert merged.count[part] == len(rows)
+        if len(rows):
+            centred = rows - rows.mean(0)
+            m2 = np.einsum("tle,tlf->lef", centred, centred)
+            np.testing.assert_allclose(merged.m2[part], m2, rtol=1e-10, atol=1e-12)
+            np.testing.assert_allclose(merged.mean[part], rows.mean(0), rtol=1e-10)
+
+
+def test_both_halves_are_the_moments_of_all_tokens():
+    logits, valid = make_logits(9), make_valid(9)
+    whole = moments_of(logits, valid, np.arange(9) % 2).both_halves()
+    probabilities = softmax(logits.double().numpy()[valid])
+    assert whole.tokens == len(probabilities)
+    for layer in range(LAYERS):
+        reference = np.cov(probabilities[:, layer], rowvar=False)
+        np.testing.assert_allclose(whole.covariance()[0, layer], reference, rtol=1e-10, atol=1e-15)
+        np.testing.assert_array_equal(whole.layer(layer).covariance()[0, 0], whole.covariance()[0, layer])
+
+
+def test_padding_never_counts_whatever_it_holds():
+    logits, valid = make_logits(4), make_valid(4)
+    filled = logits.clone()
+    filled[torch.from_numpy(~valid)] = float("nan")
+    clean = moments_of(logits, valid, np.arange(4) % 2).arrays()
+    for name, values in moments_of(filled, valid, np.arange(4) % 2).arrays().items():
+        np.testing.assert_array_equal(values, clean[name])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_broken_logit_names_layer_and_sequence(value):
+    logits = make_logits(4)
+    logits[3, 5, 1, 2] = value
+    with pytest.raises(DataError, match="layer 1 are NaN or infinite in sequence 3, token 5"):
+        moments_of(logits, np.ones((4, LENGTH), bool), np.zeros(4, int))
+
+
+def test_covariance_of_a_single_token_is_refused():
+    valid = np.zeros((2, LENGTH), bool)
+    valid[:, 0] = True
+    with pytest.raises(DataError, match="no covariance"):
+        moments_of(make_logits(2), valid, np.arange(2)).covariance()
+
+
+def test_saved_moments_load_bit_for_bit(tmp_path):
+    moments = moments_of(make_logits(4), make_valid(4), np.arange(4) % 2)
+    moments.save(tmp_path / "part.safetensors")
+    for name, values in RouterMoments.load(tmp_path / "part.safetensors").arrays().items():
+        np.testing.assert_array_equal(values, moments.arrays()[name])
+        assert values.dtype == moments.arrays()[name].dtype
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    path = tmp_path / "part.safetensors"
+    moments_of(make_logits(2), make_valid(2), np.arange(2)).save(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtefactError, match="damaged"):
+        RouterMoments.load(path)
+    with pytest.raises(ArtefactError, match="no router statistics"):
+        RouterMoments.load(tmp_path / "missing.safetensors")

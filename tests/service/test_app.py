@@ -1,0 +1,162 @@
+"""The Ray Serve application: what is refused before anything starts, and the real thing on a free port."""
+
+import importlib.util
+import json
+import math
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from nexus_ray.config import save_config
+from nexus_ray.errors import ArtefactError, ConfigError, NexusError
+from serve.app import _require_free, application, build_app, run_service, stop_service
+from serve.service import student_name
+
+HELLO = [{"role": "user", "content": "Good morrow, who goes there?"}]
+BODY = {"model": "bard", "messages": HELLO, "max_tokens": 8, "temperature": 0}
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def run_directory(tmp_path, micro_overlay):
+    directory = tmp_path / "bard"
+    directory.mkdir()
+    (directory / "overlay").symlink_to(micro_overlay)
+    return directory
+
+
+def test_the_student_is_called_after_its_run_unless_named(micro_config, tmp_path):
+    assert student_name(micro_config(tmp_path / "bard")) == "bard"
+    assert student_name(micro_config(tmp_path / "bard", **{"serve.name": "will"})) == "will"
+    with pytest.raises(ConfigError, match="cannot be 'base'"):
+        student_name(micro_config(tmp_path / "base"))
+
+
+def test_a_run_without_an_overlay_is_refused_before_ray_starts(micro_config, tmp_path):
+    with pytest.raises(ArtefactError, match="nexus-ray run CONFIG"):
+        application(micro_config(tmp_path / "bard"))
+
+
+def test_a_taken_port_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match=rf"127.0.0.1:{taken.getsockname()[1]}: Address already in use"):
+            _require_free("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_host_of_another_machine_is_refused():
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1:8000"):  # an address reserved for documentation
+        _require_free("192.0.2.1", 8000)
+
+
+@pytest.mark.parametrize("args", [{}, {"config": "missing.yaml"}, {"config": "x", "colour": "red"}])
+def test_the_builder_refuses_wrong_arguments(args):
+    with pytest.raises(ConfigError):
+        build_app(args)
+
+
+def test_the_builder_takes_a_file_and_overrides(micro_config, run_directory, tmp_path):
+    save_config(micro_config(run_directory), tmp_path / "config.yaml")
+    arguments = {"config": str(tmp_path / "config.yaml"), "overrides": ["serve.replicas=3"]}
+    deployment = build_app(arguments)._bound_deployment
+    assert deployment.num_replicas == 3
+    assert deployment.ray_actor_options["num_cpus"] == 1
+
+
+def test_the_configuration_file_is_one_that_ray_serve_takes():
+    from ray.serve.schema import ServeDeploySchema
+
+    path = Path(__file__).parents[2] / "serve" / "config.yaml"
+    [deployed] = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text())).applications
+    assert deployed.import_path == "serve.app:build_app"
+    assert set(deployed.args) == {"config", "overrides"}
+
+
+@pytest.mark.ray
+def test_the_service_on_ray(ray_session, micro_config, run_directory, port):
+    config = micro_config(run_directory, **{"serve.port": port})
+    run_service(config, blocking=False)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            check_routes(client)
+            check_errors(client)
+            check_disconnect(client)
+        check_openai_client(port)
+    finally:
+        stop_service()
+    _require_free("127.0.0.1", port)
+
+
+def check_routes(client):
+    assert client.get("/healthz").json()["status"] == "ok"
+    assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["base", "bard"]
+    contents = {}
+    for model in ("base", "bard"):
+        answer = client.post("/v1/chat/completions", json=BODY | {"model": model}).json()
+        contents[model] = answer["choices"][0]["message"]["content"]
+        assert answer["usage"]["completion_tokens"] == 8
+    assert contents["base"] != contents["bard"]
+    with client.stream("POST", "/v1/chat/completions", json=BODY | {"stream": True}) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    deltas = [json.loads(line)["choices"][0]["delta"] for line in lines]
+    assert "".join(delta.get("content", "") for delta in deltas) == contents["bard"]
+    [scores] = client.post("/v1/perplexity", json={"text": "thou art the king"}).json()["results"]
+    for which in ("base", "student"):
+        assert math.isclose(scores[which]["token_perplexity"], math.exp(scores[which]["nats_per_token"]))
+
+
+def check_errors(client):
+    unknown = client.post("/v1/chat/completions", json=BODY | {"model": "gpt-5"})
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+    invalid = client.post("/v1/chat/completions", json=BODY | {"temperature": 9})
+    assert (invalid.status_code, invalid.json()["error"]["param"]) == (400, "temperature")
+
+
+def check_disconnect(client):
+    """An abandoned answer, streamed or not, does not keep the next one waiting until it would have ended."""
+    long = BODY | {"max_tokens": 512}
+    whole = client.post("/v1/chat/completions", json=long)
+    seconds = whole.elapsed.total_seconds()
+    assert whole.json()["usage"]["completion_tokens"] == 512, "choose another prompt"
+    with client.stream("POST", "/v1/chat/completions", json=long | {"stream": True}) as response:
+        next(response.iter_lines())
+    assert client.post("/v1/chat/completions", json=BODY).elapsed.total_seconds() < seconds / 2
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/chat/completions", json=long, timeout=seconds / 5)
+    assert client.post("/v1/chat/completions", json=BODY).elapsed.total_seconds() < seconds / 2
+
+
+def check_openai_client(port):
+    if importlib.util.find_spec("openai") is None:
+        return
+    import openai
+
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["base", "bard"]
+    whole = client.chat.completions.create(model="bard", messages=HELLO, max_tokens=8, temperature=0)
+    stream = client.chat.completions.create(model="bard", messages=HELLO, max_tokens=8, temperature=0, stream=True)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert streamed == whole.choices[0].message.content
+    with pytest.raises(openai.NotFoundError, match="'base', 'bard'"):
+        client.chat.completions.create(model="gpt-5", messages=HELLO)
+
+
+@pytest.mark.ray
+def test_a_replica_that_cannot_start_says_why(ray_session, micro_config, run_directory, micro_overlay, port):
+    (run_directory / "overlay").unlink()
+    (run_directory / "overlay").mkdir()
+    (run_directory / "overlay" / "overlay_config.json").write_text("{")
+    with pytest.raises(NexusError, match=r"did not start.*overlay"):
+        run_service(micro_config(run_directory, **{"serve.port": port}), blocking=False)
+    _require_free("127.0.0.1", port)
