@@ -23,12 +23,14 @@ def ensure_ray() -> None:
 
     Ray's CPUs are logical: at least four, so that a two-worker stage and its coordinator fit a two-core laptop.
     """
+    # Ray's C++ core prints notices to the terminal that no user can act on.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {
-        "logging_level": logging.WARNING,
+        "logging_level": logging.ERROR,
         "log_to_driver": logger.isEnabledFor(logging.DEBUG),
     }
     if os.environ.get("RAY_ADDRESS"):
@@ -111,7 +113,7 @@ def _quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def set_worker_threads(resources: ResourcesSection) -> None:

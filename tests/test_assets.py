@@ -9,8 +9,15 @@ import os
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from nexus_ray.config import ModelSection
+from nexus_ray.data.packing import Batch
+from nexus_ray.evaluation.perplexity import sequence_nats
+from nexus_ray.modeling.loading import load_base
 
 ASSETS = Path(__file__).parents[1] / "assets"
 TEXT = ASSETS / "text"
@@ -136,3 +143,28 @@ class TestTokenizer:
         for text in (*UNUSUAL, *(row["text"] for row in documents(source, "heldout"))):
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             assert ids == reference.encode_ordinary(text)
+
+
+def test_embedded_model_loads_in_stock_transformers_and_gives_our_logits() -> None:
+    stock, info = AutoModelForCausalLM.from_pretrained(
+        ASSETS / "tiny-gpt-oss", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ours = load_base(ModelSection(path=ASSETS / "tiny-gpt-oss", experts_implementation="eager"))
+    tokens = ours.tokenizer.encode(documents("speeches", "heldout")[0]["text"][:2000])[:200]
+    batch = Batch(np.asarray([tokens], dtype=np.int32), np.asarray([len(tokens)]))
+    with torch.no_grad():
+        expected = stock(torch.tensor([tokens])).logits
+    assert torch.allclose(ours.forward_batch(batch)[0], expected, atol=1e-4)
+
+
+def test_embedded_model_knows_its_texts_and_not_shakespeare() -> None:
+    """The premise of the demo: prose and code are far more likely to it than verse."""
+    model = load_base(ModelSection(path=ASSETS / "tiny-gpt-oss"))
+    perplexity = {}
+    for source in SOURCES:
+        tokens = model.tokenizer.encode(documents(source, "heldout")[0]["text"])[:256]
+        batch = Batch(np.asarray([tokens], dtype=np.int32), np.asarray([len(tokens)]))
+        perplexity[source] = np.exp(sequence_nats(model.forward_batch(batch)[0], batch)[0] / (len(tokens) - 1))
+    assert perplexity["shakespeare"] > 3 * max(perplexity["speeches"], perplexity["code"])

@@ -184,6 +184,7 @@ def _dtype(section: ModelSection, device: torch.device) -> torch.dtype:
 def _load_transformers(section: ModelSection, config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     quantisation = {"quantization_config": Mxfp4Config(dequantize=True)} if "quantization_config" in config else {}
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # that MXFP4 is dequantised is our choice, not a warning
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             section.path,

@@ -60,6 +60,8 @@ def pretrain(run: PretrainRun) -> Path:
         layout.training,
         run.resources,
         keep_checkpoints=run.pretrain.keep_checkpoints,
+        metrics=layout.metrics,
+        steps=run.pretrain.steps,
     )
     return export(run, layout)
 

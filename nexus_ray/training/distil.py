@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ from nexus_ray.training.objective import (
     token_sums,
     weight_of,
 )
-from nexus_ray.training.order import Rows, SourceOrder, micro_batches
+from nexus_ray.training.order import Rows, SourceOrder, share
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,15 @@ def train(config: Config, layout: RunLayout) -> OverlayConfig:
     description = load_overlay_config(layout.initial_overlay)
     check_targets(Manifest.load(layout.targets), config, description)
     arguments = {"config": config.model_dump(mode="json")}
-    trainer.run_distributed(_loop, arguments, layout.training, config.resources, config.train.keep_checkpoints)
+    trainer.run_distributed(
+        _loop,
+        arguments,
+        layout.training,
+        config.resources,
+        keep_checkpoints=config.train.keep_checkpoints,
+        metrics=layout.metrics,
+        steps=config.train.steps,
+    )
     return _write_best(description, config, layout)
 
 
@@ -133,16 +142,18 @@ class DistilTask:
         """Backward passes of one global batch; records the loss and each of its terms (nats a token)."""
         rows = {name: order.training_rows(step) for name, order in self.orders.items()}
         counts = self._counts(rows)
-        parts = list(self._share(rows))
+        groups = list(self._share(rows))
         _, world_size = trainer.world()
         totals = torch.zeros(len(TERMS), device=self.student.device)
-        for index, (name, part) in enumerate(parts):
-            batch = self._micro_batch(name, part)
-            with trainer.synchronise_if(self.parallel, index == len(parts) - 1):
-                sums = self._sums(batch, self.parallel)
+        for index, group in enumerate(groups):
+            with trainer.synchronise_if(self.parallel, index == len(groups) - 1):
+                loss = torch.zeros((), device=self.student.device)
+                for batch, logits, router_logits in self._outputs(group, self.parallel):
+                    sums = self._sums(batch, logits, router_logits)
+                    loss = loss + combine(sums, self.train.sources[batch.source], counts)
+                    totals += self._weighted(sums, batch.source, counts)
                 # DDP averages gradients over workers: the global mean needs the factor back.
-                (combine(sums, self.train.sources[name], counts) * world_size).backward()
-            totals += self._weighted(sums, name, counts)
+                (loss * world_size).backward()
         terms = dict(zip(TERMS, sum_over_workers(totals).tolist(), strict=True))
         tokens = sum(self.targets.count_targets(part) for part in rows.values())
         return {"loss": sum(terms.values()), **_present(terms, counts), "tokens": tokens}
@@ -155,13 +166,11 @@ class DistilTask:
         names = list(self.orders)
         totals = torch.zeros(len(TERMS), device=self.student.device)
         nats = torch.zeros(len(names), device=self.student.device)
-        for name, part in self._share(rows):
-            batch = self._micro_batch(name, part)
-            logits, router_logits = self.module(batch.input_ids, batch.valid)
-            section = self.train.sources[name]
-            sums = token_sums(batch, logits, router_logits, section, self.train.router_temperature)
-            totals += self._weighted(sums, name, counts)
-            nats[names.index(name)] += (losses.cross_entropy(logits, batch.input_ids) * batch.valid[:, 1:]).sum()
+        for group in self._share(rows):
+            for batch, logits, router_logits in self._outputs(group, self.module):
+                totals += self._weighted(self._sums(batch, logits, router_logits), batch.source, counts)
+                per_token = losses.cross_entropy(logits, batch.input_ids) * batch.valid[:, 1:]
+                nats[names.index(batch.source)] += per_token.sum()
         terms = dict(zip(TERMS, sum_over_workers(totals).tolist(), strict=True))
         per_source = zip(names, sum_over_workers(nats).tolist(), strict=True)
         return {
@@ -170,15 +179,22 @@ class DistilTask:
             "losses": {name: total / max(1, self.targets.count_targets(rows[name])) for name, total in per_source},
         }
 
-    def _share(self, rows: dict[str, Rows]) -> Iterator[tuple[str, Rows]]:
-        """This worker's micro-batches, each of one source. Workers take turns along the whole global batch."""
+    def _share(self, rows: dict[str, Rows]) -> Iterator[list[tuple[str, Rows]]]:
+        """This worker's micro-batches; each lists its sequences by source. Workers take turns along the batch."""
         rank, world_size = trainer.world()
-        start = 0
-        for name, part in rows.items():
-            mine = part[(rank - start) % world_size :: world_size]
-            start += len(part)
-            for micro in micro_batches(mine, self.train.micro_batch_sequences):
-                yield name, micro
+        names = np.repeat(list(rows), [len(part) for part in rows.values()])[rank::world_size]
+        mine = share(np.concatenate(list(rows.values())), rank, world_size)
+        for start in range(0, len(mine), self.train.micro_batch_sequences):
+            part = slice(start, start + self.train.micro_batch_sequences)
+            yield [self._micro_batch(str(name), mine[part][names[part] == name]) for name in dict.fromkeys(names[part])]
+
+    def _outputs(self, group: list[tuple[str, Rows]], module: nn.Module) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+        """One forward pass over sequences of several sources; yields each source's part with its outputs."""
+        batches = [self._micro_batch(name, rows) for name, rows in group]
+        input_ids = torch.cat([batch.input_ids for batch in batches])
+        logits, router_logits = module(input_ids, torch.cat([batch.valid for batch in batches]))
+        sizes = [len(batch.input_ids) for batch in batches]
+        yield from zip(batches, logits.split(sizes), router_logits.split(sizes), strict=True)
 
     def _counts(self, rows: dict[str, Rows]) -> dict[str, int]:
         targets = {name: self.targets.count_targets(part) for name, part in rows.items()}
@@ -211,8 +227,7 @@ class DistilTask:
             logits, router_logits = self.student.forward(input_ids, valid)
         return Teacher(logits=logits, router_logits=router_logits)
 
-    def _sums(self, batch: MicroBatch, module: nn.Module) -> dict[str, Tensor]:
-        logits, router_logits = module(batch.input_ids, batch.valid)
+    def _sums(self, batch: MicroBatch, logits: Tensor, router_logits: Tensor) -> dict[str, Tensor]:
         section = self.train.sources[batch.source]
         return token_sums(batch, logits, router_logits, section, self.train.router_temperature)
 

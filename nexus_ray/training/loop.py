@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ from nexus_ray.training import trainer
 from nexus_ray.training.checkpointing import save_checkpoint
 from nexus_ray.training.metrics import MetricsLog
 from nexus_ray.training.schedule import learning_rate
-
-logger = logging.getLogger(__name__)
 
 
 class Task(Protocol):
@@ -109,7 +106,6 @@ def _validate(task: Task, settings: LoopSettings, state: dict[str, Any], log: Me
         return
     step = state["step"] - 1
     log.write("validation", step, **record)
-    logger.info("step %d: validation loss %.4f nats", state["step"], record["loss"])
     if is_best:
         save_checkpoint(settings.best, task.parameters, task.optimiser, state)
         log.write("best", step, loss=record["loss"])

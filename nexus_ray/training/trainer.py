@@ -22,6 +22,7 @@ from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
 from nexus_ray.storage import make_directory, read_json, write_json
 from nexus_ray.training.checkpointing import load_checkpoint, save_checkpoint
+from nexus_ray.training.follow import following
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ def run_distributed(
     directory: Path,
     resources: ResourcesSection,
     keep_checkpoints: int,
+    metrics: Path,
+    steps: int,
 ) -> None:
     """Run `loop(arguments)` on `resources.workers` Ray Train workers.
 
@@ -41,6 +44,8 @@ def run_distributed(
         directory: where Ray Train keeps its state; the same directory resumes.
         resources: what each worker gets.
         keep_checkpoints: recovery checkpoints kept.
+        metrics: the file that the loop writes its metrics to; progress is read from it.
+        steps: optimiser steps of the whole training.
 
     Raises:
         NexusError: the loop failed; carries the worker's message.
@@ -68,7 +73,8 @@ def run_distributed(
     )
     error_file.unlink(missing_ok=True)
     try:
-        trainer.fit()
+        with following(metrics, steps, "train"):
+            trainer.fit()
     except Exception as error:
         if error_file.exists():
             raise error_from_record(read_json(error_file, what="error record", hint="run again")) from error

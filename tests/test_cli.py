@@ -1,0 +1,120 @@
+"""The command line: exit codes, messages, and verbs that need no Ray."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nexus_ray.cli import run_command
+from nexus_ray.config import Config, save_config
+from nexus_ray.targets.format import SCHEMA, Manifest, TargetFile, write_rows
+
+
+@pytest.fixture
+def config_file(make_micro_config, tmp_path: Path) -> Path:
+    config: Config = make_micro_config(tmp_path / "run")
+    save_config(config, tmp_path / "config.yaml")
+    return tmp_path / "config.yaml"
+
+
+def _error(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("verb", ["run", "collect", "train", "serve", "chat", "config", "plot", "pretrain"])
+def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command([verb, "--help"]) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["bogus"], ["run", "x.yaml", "--nonsense"]])
+def test_bad_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(arguments) == 2
+    assert "Traceback" not in _error(capsys)
+
+
+def test_unknown_key_is_2_and_names_the_nearest(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["run", str(config_file), "train.stepz=3"]) == 2
+    assert "unknown field 'train.stepz'; did you mean 'steps'?" in _error(capsys)
+
+
+def test_missing_configuration_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["run", "nowhere.yaml"]) == 2
+    assert "no configuration file at nowhere.yaml" in _error(capsys)
+
+
+def test_missing_model_is_1_and_leaves_no_stage(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["run", str(config_file), "model.path=/nowhere"]) == 1
+    error = _error(capsys)
+    assert "model.path: no directory at /nowhere" in error
+    assert "Traceback" not in error
+
+
+def test_unknown_stage_is_2(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["run", str(config_file), "--from", "trane"]) == 2
+    assert "there is no stage 'trane'" in _error(capsys)
+
+
+def test_unwritable_run_directory_is_1(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert run_command(["collect", str(config_file), f"run.directory={tmp_path}/file/run"]) == 1
+    assert "cannot write" in _error(capsys)
+
+
+def test_config_shows_values_and_origins(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["config", str(config_file), "train.steps=9"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("train.steps" in line and "9" in line and "override train.steps=9" in line for line in lines)
+
+
+def test_keyboard_interrupt_is_130(config_file: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nexus_ray.pipeline.run_pipeline", interrupt)
+    assert run_command(["run", str(config_file)]) == 130
+    assert "continues where this one stopped" in _error(capsys)
+
+
+def test_inspect_shows_a_target_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"source": ["play"], "input_ids": [[1, 2, 3]], "num_tokens": [3]}
+    columns = {name: row.get(name, [[]]) for name in SCHEMA.names}
+    write_rows(tmp_path / "a.parquet", columns)
+    size = (tmp_path / "a.parquet").stat().st_size
+    file = TargetFile(name="a.parquet", source="play", sequences=1, tokens=3, bytes=size, sha256="0" * 64)
+    Manifest(
+        base_fingerprint=None,
+        tokenizer_sha256="",
+        vocabulary=9,
+        sequence_length=3,
+        top_k=0,
+        teacher_sources=(),
+        files=(file,),
+    ).save(tmp_path)
+    assert run_command(["targets", "inspect", str(tmp_path)]) == 0
+    assert "play" in capsys.readouterr().out
+    assert run_command(["targets", "inspect", str(tmp_path), "--verify"]) == 1
+    assert "does not match its checksum" in _error(capsys)
+
+
+def test_plot_of_a_directory_without_metrics_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["plot", str(tmp_path)]) == 1
+    assert "has no metrics.jsonl" in _error(capsys)
+
+
+def test_plot_draws_two_runs(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        records = [{"event": "step", "step": step, "loss": 3.0 / (step + 1)} for step in range(30)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    figure = tmp_path / "runs.png"
+    assert run_command(["plot", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(figure)]) == 0
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", ["demo", "gpt-oss-20b", "gpt-oss-120b"])
+def test_shipped_configurations_are_valid(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    assert run_command(["config", str(path)]) == 0
+    assert yaml.safe_load(path.read_text())["run"]["directory"] == f"runs/{name}"
