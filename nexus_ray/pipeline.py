@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from nexus_ray.config import STAGES, Config, Section, save_config
 from nexus_ray.data.sources import describe_files
 from nexus_ray.errors import ConfigError, NexusError
 from nexus_ray.layout import RunLayout
-from nexus_ray.storage import digest, make_directory, read_json, write_json
+from nexus_ray.storage import digest, make_directory, read_json, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,16 @@ class Run:
         if not record_path.exists():
             return False
         record = read_json(record_path, what="stage record", hint=f"delete {record_path}")
-        return bool(record["recipe"] == self.recipe(name) and record["outputs"] == _sizes(self.layout, name))
+        return bool(
+            record["recipe"] == self.recipe(name)
+            and record["after"] == self.records_before(name)
+            and record["outputs"] == _sizes(self.layout, name)
+        )
+
+    def records_before(self, name: str) -> dict[str, str | None]:
+        """SHA-256 of the records of the stages before one: they change when such a stage is done again."""
+        paths = {earlier: _record_path(self.layout, earlier) for earlier in _BY_NAME[name].after}
+        return {earlier: sha256_file(path) if path.exists() else None for earlier, path in paths.items()}
 
 
 def run_pipeline(config: Config, first: str | None = None, last: str | None = None) -> None:
@@ -155,7 +165,14 @@ def _run_stage(run: Run, name: str) -> None:
     begin = time.monotonic()
     _BY_NAME[name].run(run, recipe)
     seconds = round(time.monotonic() - begin, 2)
-    record = {"stage": name, "recipe": recipe, "seconds": seconds, "outputs": _sizes(run.layout, name)}
+    record = {
+        "stage": name,
+        "recipe": recipe,
+        "after": run.records_before(name),
+        "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "seconds": seconds,
+        "outputs": _sizes(run.layout, name),
+    }
     write_json(_record_path(run.layout, name), record)
     started.unlink()
     logger.info("%s: done in %.0f s", name, seconds)

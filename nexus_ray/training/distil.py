@@ -186,7 +186,7 @@ class DistilTask:
         mine = share(np.concatenate(list(rows.values())), rank, world_size)
         for start in range(0, len(mine), self.train.micro_batch_sequences):
             part = slice(start, start + self.train.micro_batch_sequences)
-            yield [self._micro_batch(str(name), mine[part][names[part] == name]) for name in dict.fromkeys(names[part])]
+            yield [(str(name), mine[part][names[part] == name]) for name in dict.fromkeys(names[part])]
 
     def _outputs(self, group: list[tuple[str, Rows]], module: nn.Module) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
         """One forward pass over sequences of several sources; yields each source's part with its outputs."""

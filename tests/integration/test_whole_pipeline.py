@@ -162,3 +162,9 @@ def test_worker_errors_reach_the_user_whole(make_micro_config: MakeConfig, tmp_p
     config = make_micro_config(tmp_path / "diverges", **{"train.optimiser.learning_rate": 3e38, "train.steps": 4})
     with pytest.raises(NexusError, match=r"the loss is .*nothing was updated"):
         run_pipeline(config, last="train")
+
+
+def test_a_stage_done_again_makes_later_ones_stale(finished: Config) -> None:
+    run_single_stage(finished, "convert", force=True)
+    run = Run(finished)
+    assert {name for name in STAGES if run.is_complete(name)} == {"collect", "select", "convert", "precompute"}
