@@ -22,6 +22,7 @@ from nexus_ray.errors import NexusError
 
 logger = logging.getLogger(__name__)
 output = Console()
+_INTERRUPTED = 130  # what typer returns after Ctrl-C, and shells expect
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, e.g. configs/demo.yaml")]
 Overrides = Annotated[
@@ -219,7 +220,7 @@ def run_command(arguments: list[str]) -> int:
     verbose = "--verbose" in arguments or "-v" in arguments
     errors = Console(stderr=True)
     try:
-        app(arguments, standalone_mode=False)
+        code = app(arguments, standalone_mode=False)
     except NexusError as error:
         if verbose:
             logger.exception("failed")
@@ -229,6 +230,7 @@ def run_command(arguments: list[str]) -> int:
         _show_usage_error(error)
         return 2
     except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:
         errors.print("interrupted; the same command continues where this one stopped", soft_wrap=True)
-        return 130
-    return 0
+    return code if isinstance(code, int) else 0

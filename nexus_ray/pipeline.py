@@ -81,7 +81,9 @@ class Run:
         return digest({"stage": name, "after": before, **stage.sections(self)})
 
     def is_complete(self, name: str) -> bool:
-        """Whether a stage's outputs are there, whole, and made from the present inputs."""
+        """Whether a stage's outputs are there, whole, and made from the present inputs, themselves complete."""
+        if not all(self.is_complete(earlier) for earlier in _BY_NAME[name].after):
+            return False
         record_path = _record_path(self.layout, name)
         if not record_path.exists():
             return False

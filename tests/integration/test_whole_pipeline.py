@@ -159,7 +159,7 @@ def _crashing_loop(marker: str) -> Callable[[dict], None]:
 
 
 def test_worker_errors_reach_the_user_whole(make_micro_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_micro_config(tmp_path / "diverges", **{"train.optimiser.learning_rate": 3e38, "train.steps": 4})
+    config = make_micro_config(tmp_path / "diverges", **{"train.optimiser.learning_rate": 1e37, "train.steps": 4})
     with pytest.raises(NexusError, match=r"the loss is .*nothing was updated"):
         run_pipeline(config, last="train")
 
