@@ -11,53 +11,31 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
-from nexus_ray.config import STAGES, Config, Section, save_config
+from nexus_ray.config import STAGES, Config, save_config
 from nexus_ray.data.sources import describe_files
 from nexus_ray.errors import ConfigError, NexusError
 from nexus_ray.layout import RunLayout
+from nexus_ray.stages import BY_NAME
 from nexus_ray.storage import digest, make_directory, read_json, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage.
-
-    Attributes:
-        name: as on the command line.
-        run: does the work; gets the run and the stage's recipe.
-        after: stages whose artefacts it reads.
-        sections: configuration that decides its result.
-        outputs: files and directories that it makes.
-        state: what it keeps for continuing; removed when the recipe has changed.
-    """
-
-    name: str
-    run: Callable[[Run, str], None]
-    after: tuple[str, ...]
-    sections: Callable[[Run], dict[str, Any]]
-    outputs: Callable[[RunLayout], tuple[Path, ...]]
-    state: Callable[[RunLayout], tuple[Path, ...]] = lambda layout: ()
 
 
 class Run:
     """A configuration and its run directory."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.layout = RunLayout(config.run.directory)
+        self.config: Config = config
+        self.layout: RunLayout = RunLayout(config.run.directory)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -76,13 +54,13 @@ class Run:
 
     def recipe(self, name: str) -> str:
         """Digest of everything that decides the result of a stage."""
-        stage = _BY_NAME[name]
+        stage = BY_NAME[name]
         before = [self.recipe(earlier) for earlier in stage.after]
         return digest({"stage": name, "after": before, **stage.sections(self)})
 
     def is_complete(self, name: str) -> bool:
         """Whether a stage's outputs are there, whole, and made from the present inputs, themselves complete."""
-        if not all(self.is_complete(earlier) for earlier in _BY_NAME[name].after):
+        if not all(self.is_complete(earlier) for earlier in BY_NAME[name].after):
             return False
         record_path = _record_path(self.layout, name)
         if not record_path.exists():
@@ -96,7 +74,7 @@ class Run:
 
     def records_before(self, name: str) -> dict[str, str | None]:
         """SHA-256 of the records of the stages before one: they change when such a stage is done again."""
-        paths = {earlier: _record_path(self.layout, earlier) for earlier in _BY_NAME[name].after}
+        paths = {earlier: _record_path(self.layout, earlier) for earlier in BY_NAME[name].after}
         return {earlier: sha256_file(path) if path.exists() else None for earlier, path in paths.items()}
 
 
@@ -165,7 +143,7 @@ def _run_stage(run: Run, name: str) -> None:
         write_json(started, {"recipe": recipe})
     logger.info("%s: started", name)
     begin = time.monotonic()
-    _BY_NAME[name].run(run, recipe)
+    BY_NAME[name].run(run, recipe)
     seconds = round(time.monotonic() - begin, 2)
     record = {
         "stage": name,
@@ -200,7 +178,7 @@ def _started_path(layout: RunLayout, name: str) -> Path:
 
 
 def _remove_state(run: Run, name: str) -> None:
-    for path in _BY_NAME[name].state(run.layout):
+    for path in BY_NAME[name].state(run.layout):
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -210,118 +188,9 @@ def _remove_state(run: Run, name: str) -> None:
 def _sizes(layout: RunLayout, name: str) -> dict[str, int]:
     """{path below the run directory: bytes} of a stage's outputs; -1 for one that is missing."""
     sizes: dict[str, int] = {}
-    for output in _BY_NAME[name].outputs(layout):
+    for output in BY_NAME[name].outputs(layout):
         files = sorted(output.rglob("*")) if output.is_dir() else [output]
         for file in files:
             if not file.is_dir():
                 sizes[str(file.relative_to(layout.directory))] = file.stat().st_size if file.exists() else -1
     return sizes
-
-
-def _dump(section: Section, *drop: str) -> dict[str, Any]:
-    return section.model_dump(mode="json", exclude=set(drop))
-
-
-def _data(run: Run) -> dict[str, Any]:
-    data = run.config.data
-    return {"length": data.sequence_length, "shard_bytes": data.shard_bytes, "text": run.train_text}
-
-
-def _base(run: Run) -> dict[str, Any]:
-    """The base and how it computes; its place is not part of the recipe."""
-    return {"base": run.fingerprint, "model": _dump(run.config.model, "path")}
-
-
-def _collect(run: Run, recipe: str) -> None:
-    from nexus_ray.router.collect import collect
-
-    collect(run.config, run.layout)
-
-
-def _select(run: Run, recipe: str) -> None:
-    from nexus_ray.router.plots import plot_selection
-    from nexus_ray.router.selection import select
-
-    selection = select(run.config, run.layout)
-    plot_selection(selection, run.layout.plots)
-
-
-def _convert(run: Run, recipe: str) -> None:
-    from nexus_ray.router.initialise import convert
-
-    convert(run.config, run.layout)
-
-
-def _precompute(run: Run, recipe: str) -> None:
-    from nexus_ray.targets.precompute import precompute_run
-
-    precompute_run(run.config, run.layout, recipe)
-
-
-def _train(run: Run, recipe: str) -> None:
-    from nexus_ray.training.distil import train
-
-    train(run.config, run.layout)
-
-
-def _evaluate(run: Run, recipe: str) -> None:
-    from nexus_ray.evaluation.report import evaluate_and_report
-
-    evaluate_and_report(run.config, run.layout)
-
-
-_ALL = (
-    Stage(
-        "collect",
-        _collect,
-        (),
-        lambda run: {**_base(run), "data": _data(run), "collect": _dump(run.config.collect)},
-        lambda layout: (layout.router_stats, layout.router_stats.with_suffix(".json")),
-    ),
-    Stage(
-        "select",
-        _select,
-        ("collect",),
-        lambda run: {"select": _dump(run.config.select)},
-        lambda layout: (layout.selection,),
-    ),
-    Stage(
-        "convert",
-        _convert,
-        ("select",),
-        lambda run: {"convert": _dump(run.config.convert), "seed": run.config.run.seed},
-        lambda layout: (layout.initial_overlay,),
-    ),
-    Stage(
-        "precompute",
-        _precompute,
-        (),
-        lambda run: {
-            **_base(run),
-            "data": _data(run),
-            "targets": _dump(run.config.targets),
-            "mode": run.config.train.mode,
-            "teacher": {
-                name: [bool(section.output_kl), bool(section.router_kl)]
-                for name, section in run.config.train.sources.items()
-            },
-        },
-        lambda layout: (layout.targets,),
-    ),
-    Stage(
-        "train",
-        _train,
-        ("convert", "precompute"),
-        lambda run: {**_base(run), "train": _dump(run.config.train), "seed": run.config.run.seed},
-        lambda layout: (layout.overlay, layout.metrics),
-        lambda layout: (layout.training, layout.best, layout.metrics),
-    ),
-    Stage(
-        "evaluate",
-        _evaluate,
-        ("train",),
-        lambda run: {"evaluate": _dump(run.config.evaluate), "text": run.heldout_text},
-        lambda layout: (layout.report, layout.report.with_suffix(".md")),
-    ),
-)
-_BY_NAME = {stage.name: stage for stage in _ALL}

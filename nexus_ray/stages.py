@@ -1,0 +1,144 @@
+"""The stages of a run: what each does, reads, makes, and which settings decide its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nexus_ray.config import Section
+from nexus_ray.layout import RunLayout
+
+if TYPE_CHECKING:
+    from nexus_ray.pipeline import Run
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: as on the command line.
+        run: does the work; gets the run and the stage's recipe.
+        after: stages whose artefacts it reads.
+        sections: configuration that decides its result.
+        outputs: files and directories that it makes.
+        state: what it keeps for continuing; removed when the recipe has changed.
+    """
+
+    name: str
+    run: Callable[[Run, str], None]
+    after: tuple[str, ...]
+    sections: Callable[[Run], dict[str, Any]]
+    outputs: Callable[[RunLayout], tuple[Path, ...]]
+    state: Callable[[RunLayout], tuple[Path, ...]] = lambda layout: ()
+
+
+def _dump(section: Section, *drop: str) -> dict[str, Any]:
+    return section.model_dump(mode="json", exclude=set(drop))
+
+
+def _data(run: Run) -> dict[str, Any]:
+    data = run.config.data
+    return {"length": data.sequence_length, "shard_bytes": data.shard_bytes, "text": run.train_text}
+
+
+def _base(run: Run) -> dict[str, Any]:
+    """The base and how it computes; its place is not part of the recipe."""
+    return {"base": run.fingerprint, "model": _dump(run.config.model, "path")}
+
+
+def _collect(run: Run, recipe: str) -> None:
+    from nexus_ray.router.collect import collect
+
+    collect(run.config, run.layout)
+
+
+def _select(run: Run, recipe: str) -> None:
+    from nexus_ray.router.plots import plot_selection
+    from nexus_ray.router.selection import select
+
+    selection = select(run.config, run.layout)
+    plot_selection(selection, run.layout.plots)
+
+
+def _convert(run: Run, recipe: str) -> None:
+    from nexus_ray.router.initialise import convert
+
+    convert(run.config, run.layout)
+
+
+def _precompute(run: Run, recipe: str) -> None:
+    from nexus_ray.targets.precompute import precompute_run
+
+    precompute_run(run.config, run.layout, recipe)
+
+
+def _train(run: Run, recipe: str) -> None:
+    from nexus_ray.training.distil import train
+
+    train(run.config, run.layout)
+
+
+def _evaluate(run: Run, recipe: str) -> None:
+    from nexus_ray.evaluation.report import evaluate_and_report
+
+    evaluate_and_report(run.config, run.layout)
+
+
+ALL = (
+    Stage(
+        "collect",
+        _collect,
+        (),
+        lambda run: {**_base(run), "data": _data(run), "collect": _dump(run.config.collect)},
+        lambda layout: (layout.router_stats, layout.router_stats.with_suffix(".json")),
+    ),
+    Stage(
+        "select",
+        _select,
+        ("collect",),
+        lambda run: {"select": _dump(run.config.select)},
+        lambda layout: (layout.selection,),
+    ),
+    Stage(
+        "convert",
+        _convert,
+        ("select",),
+        lambda run: {"convert": _dump(run.config.convert), "seed": run.config.run.seed},
+        lambda layout: (layout.initial_overlay,),
+    ),
+    Stage(
+        "precompute",
+        _precompute,
+        (),
+        lambda run: {
+            **_base(run),
+            "data": _data(run),
+            "targets": _dump(run.config.targets),
+            "mode": run.config.train.mode,
+            "teacher": {
+                name: [bool(section.output_kl), bool(section.router_kl)]
+                for name, section in run.config.train.sources.items()
+            },
+        },
+        lambda layout: (layout.targets,),
+    ),
+    Stage(
+        "train",
+        _train,
+        ("convert", "precompute"),
+        lambda run: {**_base(run), "train": _dump(run.config.train), "seed": run.config.run.seed},
+        lambda layout: (layout.overlay, layout.metrics),
+        lambda layout: (layout.training, layout.best, layout.metrics),
+    ),
+    Stage(
+        "evaluate",
+        _evaluate,
+        ("train",),
+        lambda run: {"evaluate": _dump(run.config.evaluate), "text": run.heldout_text},
+        lambda layout: (layout.report, layout.report.with_suffix(".md")),
+    ),
+)
+BY_NAME = {stage.name: stage for stage in ALL}
