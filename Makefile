@@ -30,10 +30,10 @@ test: setup ## tests that need neither minutes nor a GPU
 	$(BIN)/pytest -m "not slow and not gpu"
 
 test-slow: setup ## tests that take minutes each
-	$(BIN)/pytest -m "slow and not gpu"
+	$(BIN)/pytest -m "slow and not gpu" || [ $$? -eq 5 ]  # 5: there is none yet
 
 test-gpu: setup ## tests that need a CUDA device
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -m gpu || [ $$? -eq 5 ]
 
 lint: setup ## check style and format
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from nexus_ray import __version__
-from nexus_ray.config import STAGES, Config, PretrainRun, Resolved, SectionT, flatten, resolve_config
+from nexus_ray.config import STAGES, Config, PretrainRun, Resolved, SectionT, describe_field, flatten, resolve_config
 from nexus_ray.console import setup_logging
 from nexus_ray.errors import NexusError
 
@@ -139,16 +139,15 @@ def chat(
 
 @app.command(name="config")
 def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Show every field of the resolved configuration and where its value comes from."""
+    """Show every field of the resolved configuration, where its value comes from and what it means."""
     resolved = _load(config, overrides, False, False, Config)
     values = flatten(resolved.config)
     width = max(len(name) for name in values)
     for name, value in values.items():
-        output.print(
-            f"{name:<{width}}  {value}  [dim]({resolved.origins[name]})[/dim]",
-            highlight=False,
-            soft_wrap=True,
-        )
+        description = describe_field(Config, name)
+        output.print(f"{name:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
+        note = f"({resolved.origins[name]}) {description}".rstrip()
+        output.print(f"{'':<{width}}  {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 @targets_app.command(name="inspect")

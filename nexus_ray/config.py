@@ -319,7 +319,8 @@ def resolve_config(path: Path, overrides: typing.Sequence[str], schema: type[Sec
         config = schema.model_validate(values)
     except ValidationError as error:
         raise ConfigError(
-            f"{path}: " + _explain(error, schema), "see `nexus-ray config --help` for every field"
+            f"{path}: " + _explain(error, schema),
+            "`nexus-ray config configs/demo.yaml` shows every field and its default",
         ) from error
     return Resolved(config, {key: origins.get(key, "default") for key in _flatten(config.model_dump(mode="json"))})
 
@@ -337,6 +338,17 @@ def save_config(config: Section, path: Path) -> None:
 def flatten(config: Section) -> dict[str, Any]:
     """All fields as {dotted name: value}."""
     return _flatten(config.model_dump(mode="json"))
+
+
+def describe_field(schema: type[BaseModel], dotted: str) -> str:
+    """What the field with this dotted name means; empty where its name says it."""
+    section, description = schema, ""
+    for part in dotted.split("."):
+        field = section.model_fields.get(part)
+        if field is not None:  # else a key of a dictionary, such as a source's name
+            description = field.description or ""
+            section = _section_in(field.annotation) or section
+    return description
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

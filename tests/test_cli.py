@@ -64,8 +64,10 @@ def test_unwritable_run_directory_is_1(config_file: Path, tmp_path: Path, capsys
 
 def test_config_shows_values_and_origins(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["config", str(config_file), "train.steps=9"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert any("train.steps" in line and "9" in line and "override train.steps=9" in line for line in lines)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    position = next(number for number, line in enumerate(lines) if line.startswith("train.steps "))
+    assert lines[position].endswith(" 9")
+    assert lines[position + 1] == "(override train.steps=9) optimiser steps"
 
 
 def test_keyboard_interrupt_is_130(config_file: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
