@@ -67,9 +67,9 @@ class Run:
             return False
         record = read_json(record_path, what="stage record", hint=f"delete {record_path}")
         return bool(
-            record["recipe"] == self.recipe(name)
-            and record["after"] == self.records_before(name)
-            and record["outputs"] == _sizes(self.layout, name)
+            record.get("recipe") == self.recipe(name)
+            and record.get("after") == self.records_before(name)
+            and record.get("outputs") == _sizes(self.layout, name)
         )
 
     def records_before(self, name: str) -> dict[str, str | None]:

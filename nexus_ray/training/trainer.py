@@ -75,6 +75,8 @@ def run_distributed(
     try:
         with following(metrics, steps, "train"):
             trainer.fit()
+    except SystemExit as error:  # how Ray Train answers Ctrl-C, after stopping its workers
+        raise KeyboardInterrupt from error
     except Exception as error:
         if error_file.exists():
             raise error_from_record(read_json(error_file, what="error record", hint="run again")) from error
