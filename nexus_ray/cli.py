@@ -48,6 +48,8 @@ app = typer.Typer(
 )
 targets_app = typer.Typer(no_args_is_help=True, help="Look into target sets.")
 app.add_typer(targets_app, name="targets")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Look into model directories and overlays.")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 
 def _load(
@@ -103,16 +105,80 @@ def _stage_command(name: str, text: str) -> None:
     app.command(name=name)(command)
 
 
-_STAGE_HELP = {
-    "collect": "Collect router statistics of the base on the training text (router_stats.safetensors).",
-    "select": "Rank the experts of each layer from the router statistics (selection.json, plots).",
-    "convert": "Initialise one shared expert a layer from the selected experts (overlay-initial/).",
-    "precompute": "Pack the training text and store the teacher's targets (targets/).",
-    "train": "Train the shared experts by distillation (overlay/, metrics.jsonl).",
-    "evaluate": "Compare base and student on held-out text (report.md, report.json, plots/).",
-}
-for _name in STAGES:
-    _stage_command(_name, _STAGE_HELP[_name])
+_stage_command("collect", "Collect router statistics of the base on the training text (router_stats.safetensors).")
+_stage_command("select", "Rank the experts of each layer from the router statistics (selection.json, plots).")
+
+
+@app.command()
+def convert(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show what would be read and written, and write nothing")
+    ] = False,
+    force: Force = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Initialise one shared expert a layer from the selected experts (overlay-initial/)."""
+    loaded = _load(config, overrides, verbose, quiet, Config).config
+    if dry_run:
+        from nexus_ray.layout import RunLayout
+        from nexus_ray.router.conversion_plan import plan_conversion, plan_table
+
+        output.print(plan_table(plan_conversion(loaded, RunLayout(loaded.run.directory))))
+    else:
+        from nexus_ray.pipeline import run_single_stage
+
+        run_single_stage(loaded, "convert", force=force)
+
+
+_stage_command("precompute", "Pack the training text and store the teacher's targets (targets/).")
+_stage_command("train", "Train the shared experts by distillation (overlay/, metrics.jsonl).")
+_stage_command("evaluate", "Compare base and student on held-out text (report.md, report.json, plots/).")
+
+
+@app.command()
+def export(
+    config: ConfigPath,
+    to: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="directory to write")],
+    overrides: Overrides = None,
+    overlay: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="overlay to add; default: the run's trained one")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")] = False,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="prove that the shared experts take part")] = True,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write base and overlay as one Hugging Face directory, which loads after `import nexus_ray`."""
+    from nexus_ray.checkpoints.export import describe, export
+    from nexus_ray.layout import RunLayout
+
+    loaded = _load(config, overrides, verbose, quiet, Config).config
+    chosen = overlay or RunLayout(loaded.run.directory).overlay
+    done = export(Path(loaded.model.path), chosen, to, overwrite=overwrite, check=_merge_check if check else None)
+    output.print(describe(done), highlight=False, soft_wrap=True)
+
+
+@app.command(name="merge-check")
+def merge_check(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="an export")],
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove that an export computes with every shared tensor, and that these are the overlay's."""
+    setup_logging(verbose=verbose, quiet=quiet)
+    _merge_check(directory)
+
+
+def _merge_check(directory: Path) -> None:
+    from nexus_ray.checkpoints.merge_check import describe, merge_check, summary
+
+    report = merge_check(directory)
+    output.print(describe(report))
+    report.require_sound()
+    output.print(summary(report), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -160,6 +226,20 @@ def inspect_targets(
 
     setup_logging()
     output.print(describe(path, verify=verify))
+
+
+@checkpoint_app.command(name="inspect")
+def inspect_checkpoint(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="model directory or overlay; local path or URI")],
+    sha256: Annotated[bool, typer.Option("--sha256", help="hash every byte of every file")] = False,
+) -> None:
+    """Check every tensor header of a model or an overlay and show what it holds."""
+    from nexus_ray.checkpoints.inspect import describe, identity
+
+    setup_logging()
+    output.print(describe(directory))
+    for line in identity(directory, sha256=sha256):
+        output.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

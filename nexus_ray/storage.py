@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,12 @@ def _file_mode() -> int:
     return 0o666 & ~mask
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a regular file was written here: one with another name elsewhere (a hard link) is shared and stays."""
+    status = path.lstat()
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
@@ -99,7 +106,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():
+            if _is_ours(file):
                 _flush_to_disk(file)
                 file.chmod(_file_mode())
         replace_directory(temporary, path)

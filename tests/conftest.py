@@ -71,6 +71,7 @@ def micro_overlay(tmp_path_factory: pytest.TempPathFactory, micro_model: Path) -
         scale=0.5,
         learn_scale=False,
         initialisation="random",
+        dtype="float32",
     )
     config = read_model_config(micro_model)
     experts = build_shared_experts(description, activation(family_of(config), config))

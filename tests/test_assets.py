@@ -151,7 +151,7 @@ def test_embedded_model_loads_in_stock_transformers_and_gives_our_logits() -> No
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    ours = load_base(ModelSection(path=ASSETS / "tiny-gpt-oss", experts_implementation="eager"))
+    ours = load_base(ModelSection(path=ASSETS / "tiny-gpt-oss", experts="eager"))
     tokens = ours.tokenizer.encode(documents("speeches", "heldout")[0]["text"][:2000])[:200]
     batch = Batch(np.asarray([tokens], dtype=np.int32), np.asarray([len(tokens)]))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Identity of a base model, cheap enough to compute at every start.
+"""Identity of a base model: cheap enough to compute at every start, or of every byte on demand.
 
 The fingerprint covers the configuration, the name, shape and type of every tensor, and the first kilobytes of each
 tensor: models of one architecture have equal headers, so the headers alone would not tell a fine-tuned model
@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import closing
 
+from nexus_ray.checkpoints.byte_files import ByteFile, Location, file_name, open_file
+from nexus_ray.checkpoints.header import dtype_name, read_header
 from nexus_ray.checkpoints.reader import CheckpointReader, read_model_config
-from nexus_ray.errors import ModelError
+from nexus_ray.console import progress
 
 _SAMPLE_BYTES = 4096
+_PIECE_BYTES = 16 * 2**20
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
-_HEADER_LENGTH_BYTES = 8
 
 
-def fingerprint(directory: Path) -> str:
+def fingerprint(directory: Location) -> str:
     """Hexadecimal SHA-256 that identifies the model in `directory`; equal for copies of it.
 
     Raises:
@@ -29,25 +32,41 @@ def fingerprint(directory: Path) -> str:
     hasher = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     with CheckpointReader(directory) as reader:
         for shard in reader.shards:
-            _add_shard(hasher, shard)
+            with closing(open_file(shard)) as file:
+                _add_samples(hasher, file)
     return hasher.hexdigest()
 
 
-def _add_shard(hasher: hashlib._Hash, shard: Path) -> None:
+def full_sha256(directory: Location, *, stem: str = "model") -> dict[str, str]:
+    """{file name: hexadecimal SHA-256 of all its bytes} of a checkpoint's safetensors files; reads everything.
+
+    Raises:
+        ModelError: a file is missing or cannot be read.
+    """
+    with CheckpointReader(directory, stem=stem) as reader:
+        shards = reader.shards
+    pieces = 0
+    for shard in shards:
+        with closing(open_file(shard)) as file:
+            pieces += -(-file.size // _PIECE_BYTES)
+    hashes = {}
+    with progress(f"sha256 ({_PIECE_BYTES // 2**20} MiB each)", pieces) as advance:
+        for shard in shards:
+            with closing(open_file(shard)) as file:
+                hashes[file_name(shard)] = _sha256(file, advance)
+    return hashes
+
+
+def _add_samples(hasher: hashlib._Hash, file: ByteFile) -> None:
     """Header entries in name order, each with a sample of the tensor's bytes."""
-    if not shard.exists():
-        raise ModelError(f"{shard} is missing, but the checkpoint's index names it", "download the model again")
-    size = shard.stat().st_size
-    with shard.open("rb") as file:
-        header_length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
-        if header_length > size:
-            raise ModelError(f"{shard} is damaged: its header is longer than the file", "download the model again")
-        header = json.loads(file.read(header_length))
-        header.pop("__metadata__", None)
-        for name in sorted(header):
-            start, stop = header[name]["data_offsets"]
-            if _HEADER_LENGTH_BYTES + header_length + stop > size:
-                raise ModelError(f"{shard} is cut off: {name} ends past the end", "download the model again")
-            hasher.update(json.dumps([name, header[name]["dtype"], header[name]["shape"]]).encode())
-            file.seek(_HEADER_LENGTH_BYTES + header_length + start)
-            hasher.update(file.read(min(_SAMPLE_BYTES, stop - start)))
+    for name, entry in sorted(read_header(file).entries.items()):
+        hasher.update(json.dumps([name, dtype_name(entry.dtype), list(entry.shape)]).encode())
+        hasher.update(file.read(entry.start, min(entry.start + _SAMPLE_BYTES, entry.stop)).numpy().data)
+
+
+def _sha256(file: ByteFile, advance: Callable[[int], None]) -> str:
+    hasher = hashlib.sha256()
+    for start in range(0, file.size, _PIECE_BYTES):
+        hasher.update(file.read(start, min(start + _PIECE_BYTES, file.size)).numpy().data)
+        advance(1)
+    return hasher.hexdigest()

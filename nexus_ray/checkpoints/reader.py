@@ -1,37 +1,39 @@
-"""Reading a Hugging Face checkpoint lazily: one tensor, or one expert's slice of a tensor, at a time."""
+"""Reading a Hugging Face checkpoint lazily: one tensor, one expert's slice or some of its rows at a time."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nexus_ray.checkpoints.byte_files import ByteFile, Location, child, exists, locate, open_file, read_whole
+from nexus_ray.checkpoints.header import Header, TensorEntry, read_header
 from nexus_ray.errors import ModelError
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+_DOWNLOAD = "download the model again"
 
 
-def read_model_config(path: Path) -> dict[str, Any]:
-    """Read `config.json` of a Hugging Face directory.
+def read_model_config(path: Location) -> dict[str, Any]:
+    """Read `config.json` of a Hugging Face directory, local or an fsspec URI.
 
     Raises:
         ModelError: the directory or the file is missing or damaged.
     """
-    if not path.is_dir():
+    directory = locate(path)
+    if not exists(directory):
         raise ModelError(f"model.path: no directory at {path}", "set model.path to a Hugging Face model directory")
+    place = child(directory, "config.json")
+    if not exists(place):
+        raise ModelError(f"model.path: {path} has no config.json", "is it a Hugging Face model directory?")
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"model.path: {path} has no config.json", "is it a Hugging Face model directory?") from error
-    except ValueError as error:
-        raise ModelError(f"model.path: {path}/config.json is not JSON: {error}", "download it again") from error
+        config = json.loads(read_whole(place).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"model.path: {place} is not JSON: {error}", "download it again") from error
     if not isinstance(config, dict):
-        raise ModelError(f"model.path: {path}/config.json is not an object", "download it again")
+        raise ModelError(f"model.path: {place} is not an object", "download it again")
     return config
 
 
@@ -40,14 +42,21 @@ class CheckpointReader:
 
     Use it as a context manager. `name in reader` says whether a tensor exists.
 
+    Args:
+        directory: local directory or fsspec URI.
+        mapped: tensors are views on a private mapping of the (local) files, which the processes of a machine share
+            and writes to which never reach the file; otherwise each read takes memory of its own.
+        stem: file names begin with it: `{stem}.safetensors` or `{stem}.safetensors.index.json`.
+
     Raises:
-        ModelError: the directory holds no safetensors, a shard is missing or damaged.
+        ModelError: the directory holds no safetensors, its index or a file is damaged, or a URI was to be mapped.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._shard_of = _index(directory)
-        self._open: dict[str, Any] = {}
+    def __init__(self, directory: Location, *, mapped: bool = False, stem: str = "model") -> None:
+        self.directory = locate(directory)
+        self._mapped = mapped
+        self._open: dict[str, tuple[ByteFile, Header]] = {}
+        self._shard_of = self._list_tensors(stem)
 
     def __enter__(self) -> Self:
         return self
@@ -55,7 +64,7 @@ class CheckpointReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.clear()
+        self._close()
 
     def __contains__(self, name: str) -> bool:
         return name in self._shard_of
@@ -66,54 +75,125 @@ class CheckpointReader:
         return sorted(self._shard_of)
 
     @property
-    def shards(self) -> list[Path]:
+    def shards(self) -> list[Location]:
         """The safetensors files, sorted."""
-        return [self.directory / name for name in sorted(set(self._shard_of.values()))]
+        return [child(self.directory, name) for name in sorted(set(self._shard_of.values()))]
+
+    def shard(self, name: str) -> Location:
+        """The file that holds a tensor.
+
+        Raises:
+            ModelError: there is no such tensor.
+        """
+        return child(self.directory, self._shard_name(name))
+
+    def entry(self, name: str) -> TensorEntry:
+        """Type, shape and place of a tensor, from the header only.
+
+        Raises:
+            ModelError: there is no such tensor, or its file is missing or damaged.
+        """
+        return self._find(name)[1]
 
     def shape(self, name: str) -> list[int]:
         """Shape of a tensor, from the header only."""
-        return list(self._file(name).get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> str:
-        """Element type of a tensor as the file names it, e.g. "BF16", "U8"; from the header only."""
-        return str(self._file(name).get_slice(name).get_dtype())
+        return list(self.entry(name).shape)
 
     def read(self, name: str) -> Tensor:
         """Read one whole tensor."""
-        tensor: Tensor = self._file(name).get_tensor(name)
-        return tensor
+        file, entry = self._find(name)
+        return _read(file, entry, entry.start, entry.shape)
 
     def read_slice(self, name: str, index: int) -> Tensor:
-        """Read entry `index` of the first dimension, and only its bytes."""
-        tensor: Tensor = self._file(name).get_slice(name)[index]
-        return tensor
+        """Read entry `index` of the first dimension, and only its bytes.
 
-    def _file(self, name: str) -> Any:
+        Raises:
+            ModelError: the tensor has no such entry, or cannot be read.
+        """
+        file, entry = self._find(name)
+        start, shape = _entry_of(entry, index)
+        return _read(file, entry, start, shape)
+
+    def read_rows(self, name: str, index: int, start: int, stop: int) -> Tensor:
+        """Read rows [start, stop) of entry `index` of the first dimension, and only their bytes.
+
+        Raises:
+            ModelError: the tensor has no such entry or rows, or cannot be read.
+        """
+        file, entry = self._find(name)
+        begin, shape = _entry_of(entry, index)
+        if not shape or not 0 <= start <= stop <= shape[0]:
+            raise ModelError(f"{name} has shape {list(entry.shape)}: entry {index} has no rows {start} to {stop}")
+        row_bytes = entry.nbytes // (entry.shape[0] * shape[0]) if stop > start else 0
+        return _read(file, entry, begin + start * row_bytes, (stop - start, *shape[1:]))
+
+    def _find(self, name: str) -> tuple[ByteFile, TensorEntry]:
+        file, header = self._opened(self._shard_name(name))
+        if name not in header.entries:
+            raise ModelError(f"{file.location} has no tensor {name}, but the checkpoint's index says so", _DOWNLOAD)
+        return file, header.entries[name]
+
+    def _shard_name(self, name: str) -> str:
         if name not in self._shard_of:
             raise ModelError(f"{self.directory} has no tensor {name}", "is the checkpoint complete?")
-        shard = self._shard_of[name]
-        if shard not in self._open:
-            self._open[shard] = _open_shard(self.directory / shard)
-        return self._open[shard]
+        return self._shard_of[name]
+
+    def _opened(self, name: str) -> tuple[ByteFile, Header]:
+        if name not in self._open:
+            file = open_file(child(self.directory, name), mapped=self._mapped)
+            try:
+                self._open[name] = (file, read_header(file))
+            except ModelError:
+                file.close()
+                raise
+        return self._open[name]
+
+    def _close(self) -> None:
+        for file, _ in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def _list_tensors(self, stem: str) -> dict[str, str]:
+        """{tensor name: file name}."""
+        single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+        if exists(child(self.directory, index)):
+            return _read_index(child(self.directory, index))
+        if exists(child(self.directory, single)):
+            return dict.fromkeys(self._opened(single)[1].entries, single)
+        raise ModelError(f"{self.directory} has neither {index} nor {single}", "it must be in safetensors form")
 
 
-def _open_shard(path: Path) -> Any:
+def _entry_of(entry: TensorEntry, index: int) -> tuple[int, tuple[int, ...]]:
+    """First byte and shape of entry `index` of the first dimension."""
+    if not entry.shape or not 0 <= index < entry.shape[0]:
+        raise ModelError(f"{entry.name} has shape {list(entry.shape)}: its first dimension has no entry {index}")
+    return entry.start + index * (entry.nbytes // entry.shape[0]), entry.shape[1:]
+
+
+def _read(file: ByteFile, entry: TensorEntry, start: int, shape: tuple[int, ...]) -> Tensor:
+    size = entry.dtype.itemsize
+    for length in shape:
+        size *= length
+    content = file.read(start, start + size)
+    # A mapped file that another program wrote without alignment; packed bytes are looked up two at a time.
+    if content.data_ptr() % max(entry.dtype.itemsize, 2):
+        content = content.clone()
+    return content.view(entry.dtype).reshape(shape)
+
+
+def _read_index(index: Location) -> dict[str, str]:
+    """{tensor name: file name} from an index file."""
     try:
-        return safe_open(path, framework="pt").__enter__()
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} is missing", "download the model again") from error
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is damaged: {error}", "download the model again") from error
+        weight_map = json.loads(read_whole(index).decode("utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{index} is damaged: {error!r}", _DOWNLOAD) from error
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{index} is damaged: weight_map is not an object", _DOWNLOAD)
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_plain_name(shard):
+            raise ModelError(f"{index} places {name} in {shard!r}, which is not a file of its directory", _DOWNLOAD)
+    return weight_map
 
 
-def _index(directory: Path) -> dict[str, str]:
-    """{tensor name: shard file name}."""
-    index = directory / _INDEX
-    if index.exists():
-        try:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{index} is damaged: {error!r}", "download the model again") from error
-    if (directory / _SINGLE).exists():
-        return dict.fromkeys(_open_shard(directory / _SINGLE).keys(), _SINGLE)
-    raise ModelError(f"{directory} has neither {_INDEX} nor {_SINGLE}", "the base model must be in safetensors form")
+def _is_plain_name(shard: str) -> bool:
+    return PurePosixPath(shard).name == shard and shard not in ("", "..")

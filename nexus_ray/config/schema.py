@@ -21,7 +21,9 @@ from pydantic import (
 
 Initialisation = Annotated[
     str,
-    StringConstraints(pattern=r"^(top1_zero|zero|random|top1|top1_average|top4_average|pca_top(K|[1-9]\d*))$"),
+    StringConstraints(
+        pattern=r"^(top1_zero|zero|random|top1|top1_average|top4_average|lstsq|(pca|reap|aligned)_top(K|[1-9]\d*))$"
+    ),
 ]
 STAGES = ("collect", "select", "convert", "precompute", "train", "evaluate")
 
@@ -47,8 +49,10 @@ class ModelSection(Section):
         "auto", description="compute type of the base; auto: bfloat16 on a GPU, float32 on a CPU"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU when Ray gives the worker one")
-    experts_implementation: Literal["grouped_mm", "eager", "batched_mm"] = Field(
-        "grouped_mm", description="how transformers computes the routed experts"
+    experts: Literal["packed", "grouped_mm", "eager", "batched_mm"] = Field(
+        "packed",
+        description="packed: routed experts as stored, MXFP4 stays 4-bit in memory; "
+        "else dequantised, computed by the transformers implementation of that name",
     )
 
 
@@ -102,7 +106,11 @@ class CollectSection(Section):
 class SelectSection(Section):
     """Which experts matter in each layer."""
 
-    method: Literal["pca", "usage"] = Field("pca", description="pca: the reference formula; usage: selection count")
+    method: Literal["pca", "usage", "reap"] = Field(
+        "pca",
+        description="pca: the reference formula; usage: selection count; reap: mean of gate x output norm over the "
+        "tokens an expert gets (needs packed experts)",
+    )
     top_k: int = Field(8, ge=1, description="experts kept per layer")
     components: int = Field(20, ge=1, description="principal components in the pca score")
     sources: tuple[str, ...] | None = Field(None, description="sources whose statistics count; default: the domain")
@@ -114,14 +122,25 @@ class ConvertSection(Section):
     initialisation: Initialisation = Field(
         "top1_zero",
         description="top1_zero: the most used expert with its down projection zeroed; zero; random; top1; "
-        "top1_average; top4_average; pca_topK (K = select.top_k) or pca_top24",
+        "top1_average; top4_average; mean of the best K = select.top_k, or of the best 24: pca_topK, pca_top24 "
+        "(by select.method), reap_topK (by REAP), aligned_topK (neurons matched first); lstsq: the most used "
+        "expert, its down projection fitted to the routed output (use with scale=0.1)",
     )
     token_gate: bool = Field(True, description="a one-logit sigmoid gate per token on the shared expert's output")
     scale: float = Field(1.0, gt=0, description="output scale of the shared expert")
     learn_scale: bool = Field(False, description="train the output scale too")
     width: int | None = Field(
-        None, ge=1, description="intermediate size; default: the routed experts' (zero, random only)"
+        None,
+        ge=1,
+        description="intermediate size; default: the routed experts'. Smaller keeps the neurons of largest norm, "
+        "larger adds neurons without output",
     )
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="storage type of the overlay's tensors")
+    shard_bytes: int = Field(5_000_000_000, ge=1, description="most bytes of one file of the initial overlay")
+    calibration_sequences: int = Field(
+        16, ge=1, description="training sequences of the domain that lstsq fits to, in one forward pass"
+    )
+    ridge: float = Field(1e-3, gt=0, description="penalty of lstsq, as a share of the features' mean variance")
 
 
 class TargetsSection(Section):

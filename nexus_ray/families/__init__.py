@@ -9,21 +9,28 @@ from __future__ import annotations
 from typing import Any
 
 from nexus_ray.errors import ModelError
-from nexus_ray.families.base import ExpertWeights, MoeDimensions, MoeFamily
+from nexus_ray.families.base import ExpertParts, ExpertWeights, MoeDimensions, MoeFamily, StoredPart
 from nexus_ray.families.gpt_oss import GptOss
 
-__all__ = ["FAMILIES", "ExpertWeights", "MoeDimensions", "MoeFamily", "family_of"]
+__all__ = ["FAMILIES", "ExpertParts", "ExpertWeights", "MoeDimensions", "MoeFamily", "StoredPart", "family_of"]
 
 FAMILIES: dict[str, MoeFamily] = {"gpt_oss": GptOss()}
+_EXPORTED = "nexus_gpt_oss"
 
 
 def family_of(config: dict[str, Any]) -> MoeFamily:
     """The family of a model configuration.
 
     Raises:
-        ModelError: its `model_type` is not supported.
+        ModelError: its `model_type` is not supported, or it is an export that already holds shared experts.
     """
     model_type = config.get("model_type")
+    if model_type == _EXPORTED:
+        raise ModelError(
+            f"model.path: this model already contains shared experts (model_type {_EXPORTED!r}, made by "
+            "`nexus-ray export`)",
+            "set model.path to the base model that it was exported from",
+        )
     if model_type not in FAMILIES:
         raise ModelError(
             f"model.path: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}",

@@ -6,20 +6,21 @@ interleaved, MXFP4 blocks are [experts, rows, columns / 32, 16], bf16 matrices a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nexus_ray.checkpoints.reader import CheckpointReader
-from nexus_ray.families.base import ExpertWeights, MoeDimensions
-from nexus_ray.modeling.mxfp4 import dequantise
+from nexus_ray.families.base import ExpertParts, MoeDimensions, MoeFamily, StoredPart
+from nexus_ray.modeling.mxfp4 import BLOCK, dequantise
 
 _SWIGLU_ALPHA = 1.702
 _SWIGLU_LIMIT = 7.0
 
 
-class GptOss:
+class GptOss(MoeFamily):
     """The GPT-OSS family."""
 
     def dimensions(self, config: dict[str, Any]) -> MoeDimensions:
@@ -32,13 +33,17 @@ class GptOss:
             intermediate_size=config["intermediate_size"],
         )
 
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        """`model.layers.N`."""
+        return list(model.get_submodule("model.layers").children())
+
     def moe_blocks(self, model: nn.Module) -> list[nn.Module]:
         """`model.layers.N.mlp`."""
-        return [layer.mlp for layer in _layers(model)]
+        return [layer.get_submodule("mlp") for layer in self.layers(model)]
 
     def routers(self, model: nn.Module) -> list[nn.Module]:
         """`model.layers.N.mlp.router`."""
-        return [layer.mlp.router for layer in _layers(model)]
+        return [layer.get_submodule("mlp.router") for layer in self.layers(model)]
 
     def router_logits(self, output: Any) -> Tensor:
         """The router returns (logits over all experts, top-k weights, top-k indices)."""
@@ -53,26 +58,71 @@ class GptOss:
         up = up.clamp(min=-limit, max=limit)
         return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
-    def read_expert(self, reader: CheckpointReader, layer: int, expert: int) -> ExpertWeights:
-        """One expert, dequantised if packed, with gate and up de-interleaved."""
+    def expert_parts(self, reader: CheckpointReader, layer: int) -> ExpertParts:
+        """`model.layers.N.mlp.experts.*`, dequantised if packed, with gate and up de-interleaved by `arrange`."""
         prefix = f"model.layers.{layer}.mlp.experts"
-        gate_up = _read_matrix(reader, f"{prefix}.gate_up_proj", expert)
-        gate_up_bias = reader.read_slice(f"{prefix}.gate_up_proj_bias", expert).float()
-        return ExpertWeights(
-            gate_up=torch.cat([gate_up[0::2], gate_up[1::2]]),
-            gate_up_bias=torch.cat([gate_up_bias[0::2], gate_up_bias[1::2]]),
-            down=_read_matrix(reader, f"{prefix}.down_proj", expert),
-            down_bias=reader.read_slice(f"{prefix}.down_proj_bias", expert).float(),
+        return ExpertParts(
+            gate_up=_matrix(reader, f"{prefix}.gate_up_proj", _deinterleave),
+            gate_up_bias=_bias(reader, f"{prefix}.gate_up_proj_bias", _deinterleave),
+            down=_matrix(reader, f"{prefix}.down_proj", _unchanged),
+            down_bias=_bias(reader, f"{prefix}.down_proj_bias", _unchanged),
         )
 
 
-def _layers(model: nn.Module) -> Any:
-    return model.get_submodule("model.layers")
+def _deinterleave(rows: Tensor) -> Tensor:
+    """Gate and up alternate in storage; put the gate's rows before the up projection's."""
+    return torch.cat([rows[0::2], rows[1::2]])
 
 
-def _read_matrix(reader: CheckpointReader, name: str, expert: int) -> Tensor:
-    """[out, in] float32 matrix of one expert, from either storage form."""
-    if f"{name}_blocks" in reader:
-        blocks = reader.read_slice(f"{name}_blocks", expert)
-        return dequantise(blocks, reader.read_slice(f"{name}_scales", expert))
-    return reader.read_slice(name, expert).float().T.contiguous()
+def _unchanged(rows: Tensor) -> Tensor:
+    return rows
+
+
+def _matrix(reader: CheckpointReader, name: str, arrange: Callable[[Tensor], Tensor]) -> StoredPart:
+    """A projection in either storage form: MXFP4 [experts, out, in / 32, 16], or bf16 [experts, in, out]."""
+    return _packed(reader, name, arrange) if f"{name}_blocks" in reader else _plain(reader, name, arrange)
+
+
+def _packed(reader: CheckpointReader, name: str, arrange: Callable[[Tensor], Tensor]) -> StoredPart:
+    blocks, scales = f"{name}_blocks", f"{name}_scales"
+    experts, rows, groups = reader.shape(scales)
+
+    def read_rows(expert: int, start: int, stop: int) -> Tensor:
+        # float32 directly: exact, and one conversion less than bfloat16 for a sum in float32
+        return dequantise(
+            reader.read_rows(blocks, expert, start, stop),
+            reader.read_rows(scales, expert, start, stop),
+            torch.float32,
+        )
+
+    stored_bytes = _bytes_per_expert(reader, blocks) + _bytes_per_expert(reader, scales)
+    return StoredPart(blocks, experts, (rows, groups * BLOCK), stored_bytes, read_rows, arrange)
+
+
+def _plain(reader: CheckpointReader, name: str, arrange: Callable[[Tensor], Tensor]) -> StoredPart:
+    experts, *shape = reader.shape(name)
+    return StoredPart(
+        name,
+        experts,
+        tuple(shape),
+        _bytes_per_expert(reader, name),
+        lambda expert, start, stop: reader.read_rows(name, expert, start, stop).float(),
+        lambda rows: arrange(rows.T).contiguous(),
+    )
+
+
+def _bias(reader: CheckpointReader, name: str, arrange: Callable[[Tensor], Tensor]) -> StoredPart:
+    experts, size = reader.shape(name)
+    return StoredPart(
+        name,
+        experts,
+        (size,),
+        _bytes_per_expert(reader, name),
+        lambda expert, start, stop: reader.read_slice(name, expert)[start:stop].float(),
+        arrange,
+    )
+
+
+def _bytes_per_expert(reader: CheckpointReader, name: str) -> int:
+    entry = reader.entry(name)
+    return (entry.stop - entry.start) // entry.shape[0]

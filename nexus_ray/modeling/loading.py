@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Mxfp4Config,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.checkpoints.overlay import OverlayConfig, load_overlay
 from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.config import ModelSection
 from nexus_ray.data.packing import Batch
-from nexus_ray.errors import ArtefactError, ModelError
+from nexus_ray.errors import ModelError
 from nexus_ray.families import MoeDimensions, MoeFamily, family_of
+from nexus_ray.modeling.packed_experts import ExpertNorms, PackedExperts
 from nexus_ray.modeling.shared_expert import Activation, SharedExperts, SharedExpertShape
+from nexus_ray.modeling.weights import build_model
 
 
 @dataclass
@@ -88,7 +83,9 @@ class LoadedModel:
         """Collect each layer's router logits [tokens, experts], in layer order, of one forward pass."""
         records: list[Tensor] = []
         hooks = [
-            router.register_forward_hook(lambda _m, _i, output: records.append(self.family.router_logits(output)))
+            router.register_forward_hook(
+                lambda _m, _i, output: records.append(self.family.router_logits(output).to(self.device))
+            )
             for router in self.family.routers(self.model)
         ]
         try:
@@ -97,11 +94,27 @@ class LoadedModel:
             for hook in hooks:
                 hook.remove()
 
+    @contextmanager
+    def recording_expert_norms(self) -> Iterator[list[ExpertNorms]]:
+        """Collect how much each routed expert adds, one entry a layer, in layer order, of one forward pass.
+
+        Raises:
+            ModelError: the experts are not packed ones, which alone can say it.
+        """
+        records: list[ExpertNorms] = []
+        with ExitStack() as stack:
+            for block in self.family.moe_blocks(self.model):
+                experts = block.get_submodule("experts")
+                if not isinstance(experts, PackedExperts):
+                    raise ModelError("the norms of expert outputs need packed experts", "set model.experts=packed")
+                stack.enter_context(experts.recording_norms(records))
+            yield records
+
 
 def load_base(section: ModelSection) -> LoadedModel:
     """Load the frozen base model.
 
-    MXFP4 experts are dequantised: transformers' packed path has no backward and needs a GPU.
+    MXFP4 experts stay packed, unless `model.experts` names one of transformers' implementations.
 
     Raises:
         ModelError: the directory is missing, incomplete or of an unsupported family, or the tokenizer does not
@@ -110,10 +123,12 @@ def load_base(section: ModelSection) -> LoadedModel:
     config = read_model_config(section.path)
     family = family_of(config)
     identity = fingerprint(section.path)
-    device = _device(section)
-    model = _load_transformers(section, config, _dtype(section, device)).to(device).eval().requires_grad_(False)
+    devices = _devices(section)
+    model = build_model(
+        section.path, config, family, experts=section.experts, dtype=_dtype(section, devices[0]), devices=devices
+    )
     tokenizer = load_tokenizer(section.path, config)
-    return LoadedModel(model, tokenizer, family, config, family.dimensions(config), identity, device)
+    return LoadedModel(model, tokenizer, family, config, family.dimensions(config), identity, devices[0])
 
 
 def load_student(section: ModelSection, overlay: Path) -> LoadedModel:
@@ -125,13 +140,12 @@ def load_student(section: ModelSection, overlay: Path) -> LoadedModel:
     """
     loaded = load_base(section)
     description, tensors = load_overlay(overlay, loaded.fingerprint)
-    experts = build_shared_experts(description, activation(loaded.family, loaded.config))
-    try:
-        experts.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ArtefactError(f"{overlay} does not fit its own description: {error}", "make it again") from error
-    loaded.shared_experts = experts.to(loaded.device)
-    loaded.shared_experts.attach(loaded.family.moe_blocks(loaded.model))
+    experts = load_shared_experts(description, tensors, activation(loaded.family, loaded.config))
+    blocks = loaded.family.moe_blocks(loaded.model)
+    for expert, block in zip(experts.layers, blocks, strict=True):
+        expert.to(next(block.parameters()).device)
+    experts.attach(blocks)
+    loaded.shared_experts = experts
     loaded.overlay = description
     return loaded
 
@@ -141,6 +155,20 @@ def build_shared_experts(description: OverlayConfig, function: Activation) -> Sh
     shape = SharedExpertShape(description.hidden_size, description.width, description.token_gate)
     experts = SharedExperts(description.layers, shape, function, description.scale)
     return experts.requires_grad_(False)
+
+
+def load_shared_experts(description: OverlayConfig, tensors: dict[str, Tensor], function: Activation) -> SharedExperts:
+    """Shared experts with the tensors of an overlay as float32 masters; nothing is allocated but these.
+
+    Args:
+        description: the overlay's description.
+        tensors: all of its tensors, which `load_overlay` has checked.
+        function: the activation of the routed experts.
+    """
+    with torch.device("meta"):
+        experts = build_shared_experts(description, function)
+    experts.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return experts
 
 
 def activation(family: MoeFamily, config: dict[str, Any]) -> Activation:
@@ -167,37 +195,15 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def _device(section: ModelSection) -> torch.device:
-    if section.device == "cuda" and not torch.cuda.is_available():
+def _devices(section: ModelSection) -> list[torch.device]:
+    """Every GPU that this process sees, or the CPU."""
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if section.device == "cuda" and not gpus:
         raise ModelError("model.device is cuda, but this process sees no GPU", "set resources.gpus_per_worker=1")
-    if section.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(section.device)
+    return gpus if gpus and section.device != "cpu" else [torch.device("cpu")]
 
 
 def _dtype(section: ModelSection, device: torch.device) -> torch.dtype:
     if section.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if section.dtype == "bfloat16" else torch.float32
-
-
-def _load_transformers(section: ModelSection, config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    quantisation = {"quantization_config": Mxfp4Config(dequantize=True)} if "quantization_config" in config else {}
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # that MXFP4 is dequantised is our choice, not a warning
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            section.path,
-            dtype=dtype,
-            attn_implementation="eager",
-            experts_implementation=section.experts_implementation,
-            local_files_only=True,
-            output_loading_info=True,
-            **quantisation,
-        )
-    except Exception as error:  # transformers and safetensors raise many types
-        raise ModelError(f"transformers cannot load {section.path}: {error}", "is the model complete?") from error
-    problems = [f"{kind} {name}" for kind in ("missing_keys", "unexpected_keys") for name in sorted(info[kind])]
-    if problems:
-        raise ModelError(f"{section.path} does not hold what its config.json describes: {'; '.join(problems[:3])}")
-    return model

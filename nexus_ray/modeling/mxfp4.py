@@ -1,36 +1,70 @@
 """MXFP4: blocks of 32 four-bit floats (E2M1) that share one power-of-two scale (E8M0).
 
 The format is the OCP Microscaling specification v1.0. Two values lie in a byte, the low nibble first; the scale
-byte s means 2^(s - 127). Legend: R any leading dimensions, G blocks in a row, 16 bytes a block.
+byte s means 2^(s - 127), and 255 means NaN. Legend: R any leading dimensions, G blocks in a row, 16 bytes a block.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
 BLOCK = 32
+BLOCK_BYTES = BLOCK // 2
+NAN_SCALE = 255
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_VALUES = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)])
 _MAX_EXPONENT = 2  # of the largest magnitude, 6 = 1.5 * 2^2
 _SCALE_BIAS = 127
+_VALUES_PER_WORD = 4
+# Four values at once, as one element that `index_select` copies whole.
+_WORD_TYPES = {torch.bfloat16: torch.int64, torch.float32: torch.complex128}
+# Words looked up at a time: their indices (4 bytes each) stay in the cache and in the allocator's heap.
+_CHUNK = 1 << 19
 
 
-def _byte_table(dtype: torch.dtype) -> Tensor:
-    """[256, 2] both values of every byte."""
-    byte = torch.arange(256)
-    return torch.stack([_VALUES[byte & 15], _VALUES[byte >> 4]], dim=1).to(dtype)
+@functools.cache
+def _word_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[65536] the four values of every pair of bytes, each entry one element of `_WORD_TYPES`."""
+    values = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)])
+    word = torch.arange(1 << 16)
+    nibbles = torch.stack([word >> shift & 15 for shift in (0, 4, 8, 12)], dim=1)
+    return values[nibbles].to(dtype).contiguous().view(_WORD_TYPES[dtype]).flatten().to(device)
 
 
-def dequantise(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+@functools.cache
+def _scale_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[256] the factor that each scale byte means."""
+    factors = torch.ldexp(torch.ones(256, dtype=torch.float64), torch.arange(256) - _SCALE_BIAS)
+    factors[NAN_SCALE] = torch.nan
+    return factors.to(dtype).to(device)
+
+
+def dequantise(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
     """Unpack `blocks` [R, G, 16] uint8 with `scales` [R, G] uint8 to [R, G * 32].
 
-    Exact in float32 and bfloat16: every product of a four-bit value and a scale is representable.
+    Exact in float32 and bfloat16: every product of a four-bit value and a scale is representable, but those that
+    overflow to infinity. Two bytes at a time are looked up in a table of their four values.
+
+    Args:
+        blocks: packed values.
+        scales: one byte a block.
+        dtype: float32 or bfloat16.
+        out: contiguous [R, G * 32] of `dtype` to write into, so that a loop over experts needs one buffer.
     """
-    pairs = _byte_table(dtype).to(blocks.device).index_select(0, blocks.reshape(-1).int())
-    values = pairs.view(*blocks.shape[:-1], BLOCK)
-    exponents = (scales.int() - _SCALE_BIAS).unsqueeze(-1)
-    return torch.ldexp(values, exponents).to(dtype).flatten(-2)
+    shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=blocks.device)
+    table = _word_table(dtype, blocks.device)
+    words = blocks.reshape(-1).view(torch.uint16)
+    found = out.view(-1).view(table.dtype)
+    for start in range(0, len(words), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        torch.index_select(table, 0, words[chunk].int(), out=found[chunk])
+    factors = _scale_table(dtype, blocks.device).index_select(0, scales.reshape(-1).int())
+    out.view(-1, BLOCK).mul_(factors.unsqueeze(-1))
+    return out.view(shape)
 
 
 def quantise(weights: Tensor) -> tuple[Tensor, Tensor]:

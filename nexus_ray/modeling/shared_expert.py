@@ -8,11 +8,12 @@ experts switched off.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ Activation = Callable[[Tensor, Tensor], Tensor]
 
 # Per thread and per asyncio task, so that one process can serve the base and the student at the same time.
 _DISABLED: ContextVar[bool] = ContextVar("shared_experts_disabled", default=False)
+_counting = threading.Lock()
+_active_contexts = 0
+_off_somewhere = False  # in any thread or task
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class SharedExpert(nn.Module):
         self.gate_up_proj = nn.Linear(shape.hidden_size, 2 * shape.width)
         self.down_proj = nn.Linear(shape.width, shape.hidden_size)
         self.token_gate = nn.Linear(shape.hidden_size, 1) if shape.token_gate else None
-        self.scale = nn.Parameter(torch.tensor(scale))
+        self.scale = nn.Parameter(torch.tensor(scale, dtype=torch.float32))
         self._activation = activation
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -59,6 +63,14 @@ class SharedExpert(nn.Module):
         if self.token_gate is not None:
             output = output * torch.sigmoid(_linear(self.token_gate, hidden_states))
         return output * self.scale.to(output.dtype)
+
+    def add_to(self, _block: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """A forward hook of a MoE block: its output, alone or first of a tuple, plus this expert's, unless off."""
+        if shared_experts_are_off():
+            return None
+        if isinstance(output, tuple):
+            return (output[0] + self(inputs[0]), *output[1:])
+        return output + self(inputs[0])
 
 
 def _linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
@@ -79,26 +91,34 @@ class SharedExperts(nn.Module):
             ValueError: the number of blocks is not the number of shared experts.
         """
         for block, expert in zip(blocks, self.layers, strict=True):
-            block.register_forward_hook(_adding(expert))
+            # A bound method, not a closure: a deep copy of a model that holds both calls its own expert.
+            block.register_forward_hook(cast(SharedExpert, expert).add_to)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """Within the block, in this thread or task, the model computes exactly what the base does."""
-        token = _DISABLED.set(True)
-        try:
-            yield
-        finally:
-            _DISABLED.reset(token)
+        return shared_experts_off()
 
 
-def _adding(expert: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-    """A forward hook that adds `expert(input)` to a block's output, alone or first of a tuple."""
+@contextmanager
+def shared_experts_off() -> Iterator[None]:
+    """Within the block, in this thread or task, every model with shared experts computes what its base does."""
+    token = _DISABLED.set(True)
+    _count_contexts(1)
+    try:
+        yield
+    finally:
+        _count_contexts(-1)
+        _DISABLED.reset(token)
 
-    def hook(_block: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        if _DISABLED.get():
-            return None
-        if isinstance(output, tuple):
-            return (output[0] + expert(inputs[0]), *output[1:])
-        return output + expert(inputs[0])
 
-    return hook
+def shared_experts_are_off() -> bool:
+    """Whether this thread or task is within `shared_experts_off`."""
+    # torch.compile cannot trace a context variable; it can a flag, so the variable is asked only when it matters.
+    return _off_somewhere and _DISABLED.get()
+
+
+def _count_contexts(change: int) -> None:
+    global _active_contexts, _off_somewhere
+    with _counting:
+        _active_contexts += change
+        _off_somewhere = _active_contexts > 0

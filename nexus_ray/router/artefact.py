@@ -17,7 +17,7 @@ from nexus_ray.errors import ArtefactError
 from nexus_ray.router.moments import REMAKE, RouterMoments, read_arrays, write_arrays
 from nexus_ray.storage import read_json, sha256_file, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Description(BaseModel):

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from itertools import islice
@@ -28,6 +29,7 @@ from nexus_ray.errors import DataError
 from nexus_ray.families import family_of
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import load_base, load_tokenizer
+from nexus_ray.modeling.packed_experts import ExpertNorms
 from nexus_ray.parts import Parts
 from nexus_ray.router.artefact import FORMAT_VERSION, Description, RouterStatistics
 from nexus_ray.router.moments import HALVES, RouterMoments
@@ -128,12 +130,21 @@ class ShardCollector:
             first += len(batch.num_tokens)
         return moments
 
+    def _recording_norms(self) -> AbstractContextManager[list[ExpertNorms]]:
+        """What packed experts add; dequantised ones, computed by transformers, do not say it."""
+        if self.config.model.experts == "packed":
+            return self.base.recording_expert_norms()
+        return nullcontext([])
+
     def _batch_moments(self, batch: Batch, work: ShardWork, first: int) -> RouterMoments:
         """Moments of a batch whose first sequence has number `first` in its shard."""
-        _, router_logits = self.base.forward_batch(batch)
+        with self._recording_norms() as norms:
+            _, router_logits = self.base.forward_batch(batch)
         half = (work.half + first + np.arange(len(batch.num_tokens))) % HALVES
         try:
-            return RouterMoments.from_logits(router_logits, batch.valid, half, self.base.dimensions.experts_per_token)
+            return RouterMoments.from_logits(
+                router_logits, batch.valid, half, self.base.dimensions.experts_per_token, norms
+            )
         except DataError as error:
             place = f"{work.shard.path}, shard {work.shard.index}, batch of sequences from {first}"
             raise DataError(f"{place}: {error.message}", error.hint) from error

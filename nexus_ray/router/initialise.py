@@ -1,82 +1,74 @@
 """Initialising shared experts from the routed experts that router statistics point at.
 
-`top1_zero`, `zero` start at the base's function: their down projection is zero. The others do not, and averages of
-unaligned experts mostly cancel; they are there for comparison.
+`zero` and `top1_zero` start at the base's function: their down projection is zero. The others do not. A plain mean
+(`top4_average`, `pca_topK`, `reap_topK`) mostly cancels what the experts have learned, because their neurons stand in
+different orders; `aligned_topK` puts them in one order first. `lstsq` makes a second copy of what the routed
+experts give, so an output scale far below 1 (`convert.scale=0.1`) belongs to it.
+
+Layers are made and written one after the other, so memory is that of one layer.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from nexus_ray.checkpoints.fingerprint import fingerprint
-from nexus_ray.checkpoints.overlay import OverlayConfig, save_overlay
-from nexus_ray.checkpoints.reader import CheckpointReader, read_model_config
+from nexus_ray.checkpoints.overlay import OverlayConfig, OverlayWriter
+from nexus_ray.checkpoints.reader import CheckpointReader
 from nexus_ray.config import Config
 from nexus_ray.console import progress
-from nexus_ray.errors import ArtefactError, ConfigError
-from nexus_ray.families import ExpertWeights, MoeDimensions, MoeFamily, family_of
+from nexus_ray.families import ExpertWeights
 from nexus_ray.layout import RunLayout
-from nexus_ray.router.selection import ExpertRanking, Selection
+from nexus_ray.router.alignment import aligned_mean
+from nexus_ray.router.averaging import mean_expert
+from nexus_ray.router.conversion_plan import ConversionPlan, plan_conversion
+from nexus_ray.router.width import random_expert, resize
+from nexus_ray.storage import write_json
 
 logger = logging.getLogger(__name__)
-_RANDOM_STD = 0.02
-_WITHOUT_EXPERTS = ("zero", "random")
+RECORD = "convert.json"  # in the run directory: what the initial overlay was made from
 _ZERO_DOWN = ("zero", "top1_zero")
 
 
-def experts_to_average(method: str, ranking: ExpertRanking, layer: int, top_k: int) -> list[int]:
-    """The routed experts of `layer` whose mean the shared expert starts from; empty for `zero` and `random`.
+def convert(config: Config, layout: RunLayout) -> OverlayConfig:
+    """Write the initial overlay of a run, and beside it `convert.json`: what it was made from.
 
-    Args:
-        method: `convert.initialisation`.
-        ranking: experts by usage and by importance.
-        layer: layer index.
-        top_k: K of `pca_topK`.
+    Raises:
+        ArtefactError: the selection is missing, was made for a model of another shape or lacks what is needed.
+        ConfigError: the method asks for more experts than a layer has.
+        DataError: `lstsq` finds no calibration text.
+        ModelError: the base is missing, damaged or already converted.
+        StorageError: the file system refused; the base and an earlier overlay stay as they were.
     """
-    if method in _WITHOUT_EXPERTS:
-        return []
-    if method in ("top1", "top1_zero"):
-        return list(ranking.used[layer][:1])
-    if method == "top1_average":
-        return [ranking.used_overall]
-    if method == "top4_average":
-        return list(ranking.used[layer][:4])
-    count = method.removeprefix("pca_top")
-    return list(ranking.important[layer][: top_k if count == "K" else int(count)])
+    started = time.monotonic()
+    plan = plan_conversion(config, layout)
+    explained: list[float] = []
+    with (
+        OverlayWriter(plan.directory, plan.description, config.convert.shard_bytes) as writer,
+        progress("convert", plan.description.layers) as advance,
+    ):
 
+        def emit(layer: int, weights: ExpertWeights) -> None:
+            for name, tensor in layer_tensors(layer, weights, plan.description).items():
+                writer.write(name, tensor)
+            advance(1)
 
-def mean_expert(family: MoeFamily, reader: CheckpointReader, layer: int, experts: Sequence[int]) -> ExpertWeights:
-    """Mean of some experts of a layer in float32, reading only them, one at a time."""
-    total: ExpertWeights | None = None
-    for expert in experts:
-        weights = family.read_expert(reader, layer, expert)
-        total = weights if total is None else _add(total, weights)
-    assert total is not None
-    count = len(experts)
-    return ExpertWeights(total.gate_up / count, total.gate_up_bias / count, total.down / count, total.down_bias / count)
+        if plan.description.initialisation == "lstsq":
+            from nexus_ray.router.calibration import fit_layers
 
-
-def _add(left: ExpertWeights, right: ExpertWeights) -> ExpertWeights:
-    return ExpertWeights(
-        left.gate_up + right.gate_up,
-        left.gate_up_bias + right.gate_up_bias,
-        left.down + right.down,
-        left.down_bias + right.down_bias,
-    )
-
-
-def random_expert(hidden_size: int, width: int, generator: torch.Generator) -> ExpertWeights:
-    """A small random expert: normal weights of standard deviation 0.02, zero biases."""
-    return ExpertWeights(
-        torch.randn(2 * width, hidden_size, generator=generator) * _RANDOM_STD,
-        torch.zeros(2 * width),
-        torch.randn(hidden_size, width, generator=generator) * _RANDOM_STD,
-        torch.zeros(hidden_size),
-    )
+            explained = fit_layers(config, plan, emit)
+        else:
+            _make_layers(config, plan, emit)
+    write_json(layout.directory / RECORD, _record(plan, explained, time.monotonic() - started))
+    logger.info(
+        "overlay of %s parameters, initialised with %s from %s bytes of experts",
+        f"{plan.description.parameters:,}", plan.description.initialisation, f"{sum(plan.expert_bytes):,}",
+    )  # fmt: skip
+    return plan.description
 
 
 def layer_tensors(layer: int, weights: ExpertWeights, description: OverlayConfig) -> dict[str, Tensor]:
@@ -96,69 +88,39 @@ def layer_tensors(layer: int, weights: ExpertWeights, description: OverlayConfig
     return tensors
 
 
-def convert(config: Config, layout: RunLayout) -> OverlayConfig:
-    """Write the initial overlay of a run.
-
-    Raises:
-        ArtefactError: the selection is missing, or was made for a model of another shape.
-        ConfigError: the width or K does not fit the model.
-        ModelError: the base is missing or damaged.
-    """
-    model_config = read_model_config(config.model.path)
-    family = family_of(model_config)
-    dimensions = family.dimensions(model_config)
-    description = _describe(config, dimensions, str(model_config["model_type"]))
-    ranking = None
-    if description.initialisation not in _WITHOUT_EXPERTS:
-        ranking = _ranking(Selection.load(layout.selection), dimensions, description.base_fingerprint)
-    tensors: dict[str, Tensor] = {}
+def _make_layers(config: Config, plan: ConversionPlan, emit: Callable[[int, ExpertWeights], None]) -> None:
+    """Make the shared expert of each layer from its routed experts alone, in layer order."""
     generator = torch.Generator().manual_seed(config.run.seed)
-    with CheckpointReader(config.model.path) as reader, progress("convert", dimensions.layers) as advance:
-        for layer in range(dimensions.layers):
-            if ranking is None:
-                weights = random_expert(description.hidden_size, description.width, generator)
-            else:
-                experts = experts_to_average(description.initialisation, ranking, layer, config.select.top_k)
-                weights = mean_expert(family, reader, layer, experts)
-            tensors |= layer_tensors(layer, weights, description)
-            advance(1)
-    save_overlay(layout.initial_overlay, description, tensors)
-    logger.info(
-        "overlay of %s parameters, initialised with %s", f"{description.parameters:,}", description.initialisation
-    )
-    return description
+    with CheckpointReader(config.model.path) as reader:
+        for layer in range(plan.description.layers):
+            emit(layer, _make_layer(reader, plan, layer, generator))
 
 
-def _describe(config: Config, dimensions: MoeDimensions, model_type: str) -> OverlayConfig:
-    section = config.convert
-    width = section.width or dimensions.intermediate_size
-    if width != dimensions.intermediate_size and section.initialisation not in _WITHOUT_EXPERTS:
-        raise ConfigError(
-            f"convert.width is {width}, but {section.initialisation} copies experts of width "
-            f"{dimensions.intermediate_size}",
-            "use convert.initialisation=zero (or random) for another width",
-        )
-    count = section.initialisation.removeprefix("pca_top")
-    if count.isdigit() and int(count) > dimensions.experts:
-        raise ConfigError(
-            f"convert.initialisation is {section.initialisation}, but a layer has {dimensions.experts} experts"
-        )
-    return OverlayConfig(
-        base_fingerprint=fingerprint(config.model.path),
-        model_type=model_type,
-        layers=dimensions.layers,
-        hidden_size=dimensions.hidden_size,
-        width=width,
-        token_gate=section.token_gate,
-        scale=section.scale,
-        learn_scale=section.learn_scale,
-        initialisation=section.initialisation,
-    )
+def _make_layer(
+    reader: CheckpointReader, plan: ConversionPlan, layer: int, generator: torch.Generator
+) -> ExpertWeights:
+    description, experts = plan.description, plan.experts[layer]
+    if not experts:
+        return random_expert(description.hidden_size, description.width, generator)
+    parts = plan.family.expert_parts(reader, layer)
+    if description.initialisation.startswith("aligned_"):
+        weights = aligned_mean(mean_expert(parts, [expert]) for expert in experts)
+    else:
+        weights = mean_expert(parts, experts)
+    return resize(weights, description.width, generator)
 
 
-def _ranking(selection: Selection, dimensions: MoeDimensions, base_fingerprint: str) -> ExpertRanking:
-    if selection.base_fingerprint != base_fingerprint or len(selection.layers) != dimensions.layers:
-        raise ArtefactError(
-            "selection.json was made for another base model", "run `nexus-ray run CONFIG --from collect`"
-        )
-    return selection.ranking()
+def _record(plan: ConversionPlan, explained: list[float], seconds: float) -> dict[str, object]:
+    """`convert.json`: per layer the experts, bytes read and, for `lstsq`, the explained share of the variance."""
+    shares: Sequence[float | None] = explained or [None] * len(plan.experts)
+    return {
+        "initialisation": plan.description.initialisation,
+        "base_fingerprint": plan.description.base_fingerprint,
+        "parameters": plan.description.parameters,
+        "bytes_written": plan.bytes_written,
+        "seconds": round(seconds, 2),
+        "layers": [
+            {"experts": list(experts), "bytes_read": size, "explained_variance": share}
+            for experts, size, share in zip(plan.experts, plan.expert_bytes, shares, strict=True)
+        ],
+    }

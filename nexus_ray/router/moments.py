@@ -11,6 +11,7 @@ disjoint in tokens but not in documents.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
@@ -23,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from nexus_ray.errors import ArtefactError, DataError
+from nexus_ray.modeling.packed_experts import ExpertNorms
 from nexus_ray.storage import atomic_file
 
 HALVES = 2
@@ -40,6 +42,8 @@ class RouterMoments:
         m2: [P, layers, experts, experts] float64 co-moment: the sum over tokens of (p - mean)(p - mean)^T.
         selected: [P, layers, experts] int64 tokens for which the expert was among the top k.
         gate_mass: [P, layers, experts] float64 sum of the expert's gate weights, renormalised over the top k.
+        reap: [P, layers, experts] float64 sum, over the tokens for which the expert was selected, of gate weight x
+            norm of the expert's output; NaN where outputs were not recorded.
     """
 
     count: NDArray[np.int64]
@@ -47,6 +51,7 @@ class RouterMoments:
     m2: NDArray[np.float64]
     selected: NDArray[np.int64]
     gate_mass: NDArray[np.float64]
+    reap: NDArray[np.float64]
 
     @classmethod
     def empty(cls, layers: int, experts: int) -> Self:
@@ -58,6 +63,7 @@ class RouterMoments:
             m2=np.zeros((*shape, experts)),
             selected=np.zeros(shape, np.int64),
             gate_mass=np.zeros(shape),
+            reap=np.zeros(shape),
         )
 
     @classmethod
@@ -67,6 +73,7 @@ class RouterMoments:
         valid: NDArray[np.bool_],
         half: NDArray[np.int64],
         experts_per_token: int,
+        expert_norms: Sequence[ExpertNorms] = (),
     ) -> Self:
         """Moments of one batch, computed in float64 on the logits' device.
 
@@ -75,21 +82,28 @@ class RouterMoments:
             valid: [sequences, length] false on padding, which is not counted and may hold anything.
             half: [sequences] 0 or 1, the half each sequence belongs to.
             experts_per_token: how many experts the router selects.
+            expert_norms: what each layer's experts gave to the sequences * length tokens, padding included; empty
+                where it was not recorded.
 
         Raises:
-            DataError: a logit of a valid token is NaN or infinite; names layer and sequence.
+            DataError: a logit or output of a valid token is NaN or infinite; names layer and sequence.
         """
         mask = torch.as_tensor(valid, device=router_logits.device)
         _check_finite(router_logits, mask)
         side = torch.as_tensor(half, device=router_logits.device)
-        rows = [router_logits[mask & (side == part)[:, None]] for part in range(HALVES)]
+        chosen = [mask & (side == part)[:, None] for part in range(HALVES)]
+        rows = [router_logits[part] for part in chosen]
         layers = range(router_logits.shape[2])
         parts = [[_layer_moments(tokens[:, layer], experts_per_token) for layer in layers] for tokens in rows]
         mean, m2, selected, gate_mass = (
             np.stack([np.stack([moments[index] for moments in part]) for part in parts]) for index in range(4)
         )
         count = np.asarray([len(tokens) for tokens in rows], np.int64)
-        return cls(count, mean, m2, selected.astype(np.int64), gate_mass)
+        reap = np.full_like(gate_mass, np.nan)
+        if expert_norms:
+            experts = router_logits.shape[3]
+            reap = np.stack([[_summed_norms(norms, part, experts) for norms in expert_norms] for part in chosen])
+        return cls(count, mean, m2, selected.astype(np.int64), gate_mass, reap)
 
     @property
     def layers(self) -> int:
@@ -123,6 +137,7 @@ class RouterMoments:
             m2=self.m2 + other.m2 + weight * delta[..., :, None] * delta[..., None, :],
             selected=self.selected + other.selected,
             gate_mass=self.gate_mass + other.gate_mass,
+            reap=self.reap + other.reap,
         )
 
     def part(self, index: int) -> Self:
@@ -157,6 +172,26 @@ class RouterMoments:
         total = self.selected.sum(axis=-1, keepdims=True)
         return self.selected / np.maximum(total, 1)
 
+    @property
+    def has_reap(self) -> bool:
+        """Whether the outputs of the experts were recorded for all tokens."""
+        return bool(np.isfinite(self.reap).all())
+
+    def saliency(self) -> NDArray[np.float64]:
+        """[P, layers, experts] mean of gate x output norm over the tokens an expert got; 0 for one that got none.
+
+        REAP, router-weighted expert activation pruning (Lasby et al., arXiv 2510.13999).
+
+        Raises:
+            ArtefactError: outputs were not recorded.
+        """
+        if not self.has_reap:
+            raise ArtefactError(
+                "the router statistics hold no expert output norms: the experts were dequantised",
+                "set model.experts=packed and run `nexus-ray run CONFIG --from collect`",
+            )
+        return self.reap / np.maximum(self.selected, 1)
+
     def arrays(self, prefix: str = "") -> dict[str, NDArray[np.generic]]:
         """The fields as named arrays for a safetensors file, each name with `prefix` before it."""
         return {prefix + field.name: np.ascontiguousarray(getattr(self, field.name)) for field in fields(self)}
@@ -184,6 +219,7 @@ class RouterMoments:
             raise ArtefactError(f"{path} holds no router moments: {error} is missing", REMAKE) from error
 
 
+_CHECK_BASE = "check the base model's weights, or try model.dtype=float32"
 REMAKE = "run `nexus-ray collect CONFIG` again"
 
 
@@ -213,8 +249,20 @@ def _check_finite(router_logits: Tensor, valid: Tensor) -> None:
         sequence, position, layer = torch.nonzero(broken)[0].tolist()
         raise DataError(
             f"router logits of layer {layer} are NaN or infinite in sequence {sequence}, token {position}",
-            "check the base model's weights, or try model.dtype=float32",
+            _CHECK_BASE,
         )
+
+
+def _summed_norms(norms: ExpertNorms, chosen: Tensor, experts: int) -> NDArray[np.float64]:
+    """[experts] sum of gate x output norm over the `chosen` [sequences, length] tokens."""
+    rows = chosen.flatten()
+    selected = norms.indices.to(chosen.device)[rows]
+    values = norms.contributions.to(chosen.device)[rows].double()
+    if not torch.isfinite(values).all():
+        raise DataError("an expert's output is NaN or infinite", _CHECK_BASE)
+    spread = torch.zeros(len(values), experts, dtype=torch.float64, device=chosen.device)
+    summed: NDArray[np.float64] = spread.scatter(1, selected, values).sum(dim=0).cpu().numpy()
+    return summed
 
 
 def _layer_moments(logits: Tensor, experts_per_token: int) -> tuple[NDArray[np.float64], ...]:

@@ -25,6 +25,8 @@ _BLUES = ("#FFFFFF", "#C6DDF0", "#56A3D9", look.BLUE, "#0B2A45")
 _SEQUENTIAL = LinearSegmentedColormap.from_list("white_to_blue", _BLUES)
 _DIVERGING = LinearSegmentedColormap.from_list("orange_to_blue", [look.ORANGE, "#FFFFFF", look.BLUE])
 _PERCENT = FuncFormatter(lambda value, _: f"{round(100 * value, 6):g} %")
+_SCORES = {"pca": "PCA importance", "usage": "Selection count", "reap": "REAP saliency"}
+_WITHOUT_STRUCTURE = {"pca": "independent experts", "usage": "equal use", "reap": "equal experts"}
 _LAYERS = LinearSegmentedColormap.from_list("layers", ["#8CC5EA", look.BLUE, "#0B1D33"])
 
 
@@ -57,7 +59,7 @@ def _importance_figure(selection: Selection) -> Any:
     shares = np.divide(values, totals, out=np.zeros_like(values), where=totals > 0)
     image = _heatmap(axes, shares, _SEQUENTIAL, norm=PowerNorm(0.5, vmin=0))
     _outline_selected(axes, selection)
-    score = "PCA importance" if selection.method == "pca" else "Selection count"
+    score = _SCORES[selection.method]
     _panel_title(axes, f"{score} of each expert; the top {selection.top_k} of each layer are outlined")
     _colour_bar(figure, image, axes, "share of the layer's score")
     return figure
@@ -141,7 +143,7 @@ def _rank_panel(figure: Any, axes: Any, selection: Selection) -> None:
 def _share_panel(axes: Any, selection: Selection) -> None:
     look.style(axes, f"Score held by the top {selection.top_k}", "layer", "share of the layer's score")
     layers = range(len(selection.layers))
-    null = "independent experts" if selection.method == "pca" else "equal use"
+    null = _WITHOUT_STRUCTURE[selection.method]
     axes.plot(layers, [layer.share for layer in selection.layers], label="measured", **look.series(0))
     axes.plot(layers, [layer.null_share for layer in selection.layers], label=null, **_null_line())
     _percent_axis(axes, len(selection.layers))

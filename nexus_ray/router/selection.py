@@ -37,7 +37,7 @@ from nexus_ray.router.scores import (
 from nexus_ray.storage import read_json, write_json
 
 logger = logging.getLogger(__name__)
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _RESELECT = "run `nexus-ray select CONFIG` again"
 
 
@@ -49,11 +49,13 @@ class ExpertRanking:
         used: by how often the router selects them.
         important: by the method of `select`.
         used_overall: the expert index selected most often over all layers together.
+        reap: by REAP saliency; None when the statistics hold no expert output norms.
     """
 
     used: Sequence[Sequence[int]]
     important: Sequence[Sequence[int]]
     used_overall: int
+    reap: Sequence[Sequence[int]] | None = None
 
 
 class _Record(BaseModel):
@@ -69,13 +71,14 @@ class LayerSelection(_Record):
         selected: the first `top_k` of `ranked`.
         share: fraction of the layer's total score that the selected experts have.
         null_share: the same without structure. pca: independent experts with the same variances and number of
-            tokens; usage: all experts used equally.
+            tokens; usage, reap: all experts equal.
         split_half_overlap: fraction of the selected experts common to the selections from either half of the text
             alone; None when a half holds fewer than two tokens.
         explained_variance_ratio: of the leading principal components of the router probabilities.
         total_variance: sum of the variances of all experts' probabilities.
         usage: each expert's share of the router's selections over the chosen sources, in expert order.
         usage_by_source: the same for every collected source by itself.
+        reap: each expert's REAP saliency over the chosen sources, in expert order; None when it was not recorded.
         distribution: how the score is spread.
     """
 
@@ -89,6 +92,7 @@ class LayerSelection(_Record):
     total_variance: float
     usage: tuple[float, ...]
     usage_by_source: dict[str, tuple[float, ...]]
+    reap: tuple[float, ...] | None
     distribution: Distribution
 
 
@@ -98,7 +102,7 @@ class Selection(_Record):
     Attributes:
         format_version: of the file.
         base_fingerprint: identity of the base model.
-        method: pca or usage.
+        method: pca, usage or reap.
         top_k: experts selected in each layer.
         components: principal components in the pca score.
         sources: the sources whose statistics were used.
@@ -110,7 +114,7 @@ class Selection(_Record):
 
     format_version: int = FORMAT_VERSION
     base_fingerprint: str
-    method: Literal["pca", "usage"]
+    method: Literal["pca", "usage", "reap"]
     top_k: int
     components: int
     sources: tuple[str, ...]
@@ -124,12 +128,14 @@ class Selection(_Record):
         return list(self.layers[layer].ranked)
 
     def ranking(self) -> ExpertRanking:
-        """All experts of every layer by usage and by importance."""
+        """All experts of every layer by usage, by importance and by REAP saliency."""
         usage = np.asarray([layer.usage for layer in self.layers])
+        saliency = [layer.reap for layer in self.layers if layer.reap is not None]
         return ExpertRanking(
             used=[rank_experts(layer) for layer in usage],
             important=[layer.ranked for layer in self.layers],
             used_overall=rank_experts(usage.sum(axis=0))[0],
+            reap=[rank_experts(np.asarray(layer)) for layer in saliency] if len(saliency) == len(usage) else None,
         )
 
     def save(self, path: Path) -> None:
@@ -157,7 +163,8 @@ def select(config: Config, layout: RunLayout) -> Selection:
     """Rank the experts of every layer from the collected statistics and write `selection.json`.
 
     Raises:
-        ArtefactError: the statistics are missing, damaged, of another base model or lack a source.
+        ArtefactError: the statistics are missing, damaged, of another base model or lack a source or, for
+            `select.method=reap`, the experts' output norms.
         ConfigError: `select.top_k` is more than the model has experts.
         DataError: the statistics hold fewer tokens than a layer has experts.
     """
@@ -233,6 +240,7 @@ def _select_layer(
         total_variance=principal.total_variance,
         usage=_floats(moments.usage()[0, 0]),
         usage_by_source=usage_by_source,
+        reap=_floats(moments.saliency()[0, 0]) if moments.has_reap else None,
         distribution=describe_scores(scores),
     )
 
@@ -241,11 +249,13 @@ def _scores(moments: RouterMoments, section: SelectSection) -> Floats:
     """[experts] scores from moments of one layer and one part."""
     if section.method == "usage":
         return usage_scores(moments.selected[0, 0])
+    if section.method == "reap":
+        return moments.saliency()[0, 0]
     return pca_scores(moments.covariance()[0, 0], section.components)
 
 
 def _null_share(variances: Floats, tokens: int, section: SelectSection, seed: int) -> float:
-    if section.method == "usage":
+    if section.method != "pca":
         return section.top_k / len(variances)
     return pca_null_share(variances, tokens, section.components, section.top_k, seed)
 

@@ -22,7 +22,7 @@ from nexus_ray.config import Config
 from nexus_ray.errors import ArtefactError, ConfigError, DataError
 from nexus_ray.families import family_of
 from nexus_ray.layout import RunLayout
-from nexus_ray.modeling.loading import LoadedModel, activation, build_shared_experts, load_student
+from nexus_ray.modeling.loading import LoadedModel, activation, load_shared_experts, load_student
 from nexus_ray.targets.format import REMAKE, Manifest
 from nexus_ray.targets.reader import TargetBatch, TargetSet
 from nexus_ray.training import losses, trainer
@@ -265,8 +265,8 @@ def _loop(arguments: dict[str, Any]) -> None:
 def _write_best(initial: OverlayConfig, config: Config, layout: RunLayout) -> OverlayConfig:
     """Turn the best checkpoint into the run's overlay."""
     model_config = read_model_config(config.model.path)
-    experts = build_shared_experts(initial, activation(family_of(model_config), model_config))
-    experts.load_state_dict(load_overlay(layout.initial_overlay, initial.base_fingerprint)[1])
+    _, tensors = load_overlay(layout.initial_overlay, initial.base_fingerprint)
+    experts = load_shared_experts(initial, tensors, activation(family_of(model_config), model_config))
     trained = {name: p for name, p in experts.named_parameters() if not name.endswith("scale") or initial.learn_scale}
     state = load_checkpoint(layout.best, trained)
     description = initial.model_copy(update={"trained_steps": state["step"]})

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from nexus_ray.modeling import mxfp4
 from nexus_ray.modeling.mxfp4 import dequantise, quantise
 
 _GRID = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -47,3 +48,32 @@ def test_quantised_value_is_the_nearest_grid_point_or_saturated() -> None:
 
 def test_zero_block_stays_zero() -> None:
     assert not dequantise(*quantise(torch.zeros(2, 64))).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writes_into_a_given_buffer_whatever_it_held(dtype: torch.dtype) -> None:
+    blocks, scales = quantise(torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1)))
+    out = torch.full((3, 5, 64), torch.nan, dtype=dtype)
+    assert dequantise(blocks, scales, dtype, out).data_ptr() == out.data_ptr()
+    assert torch.equal(out, convert_moe_packed_tensors(blocks, scales, dtype=dtype).transpose(1, 2))
+
+
+def test_more_values_than_one_lookup_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, scales = quantise(torch.randn(7, 96, generator=torch.Generator().manual_seed(2)))
+    whole = dequantise(blocks, scales)
+    monkeypatch.setattr(mxfp4, "_CHUNK", 5)
+    assert torch.equal(dequantise(blocks, scales), whole)
+
+
+def test_rows_of_a_larger_tensor_need_not_be_contiguous() -> None:
+    blocks, scales = quantise(torch.randn(8, 64, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(dequantise(blocks[::2], scales[::2]), dequantise(blocks, scales)[::2])
+
+
+def test_scale_byte_255_means_nan() -> None:
+    blocks, scales = quantise(torch.ones(2, 64))
+    scales[1, 0] = 255
+    values = dequantise(blocks, scales)
+    assert values[1, :32].isnan().all()
+    assert not values[0].isnan().any()
+    assert not values[1, 32:].isnan().any()

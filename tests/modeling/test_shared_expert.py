@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
@@ -35,11 +35,27 @@ def student(micro_model: Path, micro_overlay: Path) -> LoadedModel:
     return load_student(ModelSection(path=micro_model), micro_overlay)
 
 
-def test_base_logits_equal_stock_transformers(base: LoadedModel, micro_model: Path, batch: Batch) -> None:
-    stock = AutoModelForCausalLM.from_pretrained(micro_model, dtype=torch.float32, experts_implementation="grouped_mm")
+def _stock_logits(path: Path, dtype: str, batch: Batch) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="grouped_mm")
     with torch.no_grad():
-        expected = stock(torch.from_numpy(batch.input_ids).long(), torch.from_numpy(batch.valid).long()).logits
-    assert torch.equal(base.forward_batch(batch)[0], expected)
+        logits: Tensor = model(torch.from_numpy(batch.input_ids).long(), torch.from_numpy(batch.valid).long()).logits
+    return logits.float()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dequantised_logits_equal_stock_transformers(micro_model: Path, batch: Batch, dtype: str) -> None:
+    dequantised = load_base(ModelSection(path=micro_model, dtype=dtype, experts="grouped_mm"))
+    assert torch.equal(dequantised.forward_batch(batch)[0], _stock_logits(micro_model, dtype, batch))
+
+
+def test_packed_logits_equal_stock_transformers_to_rounding(micro_model: Path, batch: Batch) -> None:
+    def packed(dtype: str) -> Tensor:
+        return load_base(ModelSection(path=micro_model, dtype=dtype, experts="packed")).forward_batch(batch)[0]
+
+    exact = _stock_logits(micro_model, "float32", batch)
+    torch.testing.assert_close(packed("float32"), exact, rtol=1e-4, atol=1e-4)
+    stock_error = (_stock_logits(micro_model, "bfloat16", batch) - exact).norm()
+    assert (packed("bfloat16") - exact).norm() <= 1.2 * stock_error
 
 
 def test_switched_off_equals_base_bit_for_bit(base: LoadedModel, student: LoadedModel, batch: Batch) -> None:

@@ -5,6 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from transformers import GptOssForCausalLM
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.data.packing import pack_shard
@@ -64,6 +65,56 @@ def test_statistics_equal_a_direct_pass_through_transformers(micro_config, tmp_p
         for layer in range(2):
             expected = np.cov(probabilities[:, layer], rowvar=False)
             np.testing.assert_allclose(whole.covariance()[0, layer], expected, rtol=1e-3, atol=1e-7)
+
+
+def reference_saliency(config, source: str) -> np.ndarray:
+    """[layers, experts] mean of gate x output norm, by the model card on transformers' dequantised weights."""
+    stock = GptOssForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).eval().requires_grad_(False)
+    tokenizer = load_base(config.model).tokenizer
+    sums = np.zeros((2, 2, 8))
+    seen: dict[int, torch.Tensor] = {}
+    for layer, block in enumerate(stock.model.layers):
+        block.mlp.register_forward_hook(lambda _m, inputs, _o, layer=layer: seen.update({layer: inputs[0][0]}))
+    for item in plan_work(config):
+        if item.shard.source == source:
+            for sequence in islice(pack_shard(item.shard, tokenizer, config.data.sequence_length), item.sequences):
+                stock(input_ids=torch.from_numpy(sequence.input_ids[: sequence.num_tokens]).long()[None])
+                for layer, hidden in seen.items():
+                    sums[:, layer] += _contributions(stock.model.layers[layer].mlp, hidden)
+    return sums[0] / np.maximum(sums[1], 1)
+
+
+def _contributions(mlp, hidden: torch.Tensor) -> np.ndarray:
+    """[2, experts] sum of gate x output norm and count, over the tokens [tokens, hidden] that an expert gets."""
+    top = (hidden @ mlp.router.weight.T + mlp.router.bias).topk(2)
+    gates = top.values.softmax(dim=-1)
+    result = np.zeros((2, 8))
+    for expert in range(8):
+        both = hidden @ mlp.experts.gate_up_proj[expert] + mlp.experts.gate_up_proj_bias[expert]
+        gate, up = both[:, 0::2].clamp(max=7), both[:, 1::2].clamp(-7, 7)
+        inner = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+        norm = (inner @ mlp.experts.down_proj[expert] + mlp.experts.down_proj_bias[expert]).norm(dim=-1)
+        chosen = top.indices == expert
+        result[:, expert] = float((gates * chosen).sum(dim=-1) @ norm), int(chosen.sum())
+    return result
+
+
+def test_reap_equals_expert_outputs_computed_by_hand(micro_config, tmp_path, in_process):
+    config = micro_config(tmp_path / "run", **{"model.dtype": "float32", "collect.tokens_per_source": 1024})
+    sources = collect(config, RunLayout(config.run.directory))
+    expected = reference_saliency(config, "play")
+    np.testing.assert_allclose(sources["play"].both_halves().saliency()[0], expected, rtol=2e-3)
+    assert expected.max() > 1.3 * expected.min()
+
+
+def test_dequantised_experts_give_statistics_without_reap(micro_config, tmp_path, in_process):
+    config = micro_config(tmp_path / "run", **{"model.experts": "grouped_mm"})
+    sources = collect(config, RunLayout(config.run.directory))
+    loaded = RouterStatistics.load(RunLayout(config.run.directory).router_stats).sources
+    for name, moments in sources.items():
+        assert moments.tokens > 0
+        assert not moments.has_reap
+        assert not loaded[name].has_reap
 
 
 def test_the_artefact_describes_itself(micro_config, micro_model, tmp_path, in_process):

@@ -1,7 +1,9 @@
-"""Initialisation: which experts each method reads, what it makes of them, and that zeroed ones start at the base."""
+"""The convert stage: what each method writes, where it starts, and that it touches no more than it needs."""
 
-from collections.abc import Callable
-from pathlib import Path
+import hashlib
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,123 +12,180 @@ from transformers import GptOssForCausalLM
 from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.checkpoints.overlay import load_overlay
 from nexus_ray.checkpoints.reader import CheckpointReader
-from nexus_ray.config import Config
+from nexus_ray.config import save_config
 from nexus_ray.data.packing import batches, pack
-from nexus_ray.errors import ArtefactError, ConfigError
+from nexus_ray.errors import ModelError, StorageError
 from nexus_ray.families import FAMILIES
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import load_base, load_student
 from nexus_ray.router import initialise
-from nexus_ray.router.initialise import convert, experts_to_average, mean_expert
-from nexus_ray.router.selection import ExpertRanking
+from nexus_ray.router.averaging import mean_expert
+from nexus_ray.router.initialise import convert
 
-MakeConfig = Callable[..., Config]
-RANKING = ExpertRanking(
-    used=[[3, 1, 0, 2, 4, 5, 6, 7], [2, 6, 1, 0, 3, 4, 5, 7]],
-    important=[[7, 6, 5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5, 6, 7]],
-    used_overall=6,
-)
-
-
-@pytest.mark.parametrize(
-    ("method", "expected"),
-    [
-        ("zero", []),
-        ("random", []),
-        ("top1", [3]),
-        ("top1_zero", [3]),
-        ("top1_average", [6]),
-        ("top4_average", [3, 1, 0, 2]),
-        ("pca_topK", [7, 6, 5]),
-        ("pca_top2", [7, 6]),
-    ],
-)
-def test_experts_of_each_method(method: str, expected: list[int]) -> None:
-    assert experts_to_average(method, RANKING, layer=0, top_k=3) == expected
-
-
-def test_mean_expert_is_the_mean_of_stock_experts(micro_model: Path) -> None:
-    stock = GptOssForCausalLM.from_pretrained(micro_model, dtype=torch.float32).model.layers[1].mlp.experts
-    with CheckpointReader(micro_model) as reader:
-        mean = mean_expert(FAMILIES["gpt_oss"], reader, 1, [0, 4, 7])
-    gate_up = stock.gate_up_proj[[0, 4, 7]].mean(0).T
-    assert torch.allclose(mean.gate_up, torch.cat([gate_up[0::2], gate_up[1::2]]), atol=1e-6)
-    assert torch.allclose(mean.down, stock.down_proj[[0, 4, 7]].mean(0).T, atol=1e-6)
-    assert torch.allclose(mean.down_bias, stock.down_proj_bias[[0, 4, 7]].mean(0), atol=1e-6)
+MLP = ("gate_up_proj.weight", "gate_up_proj.bias", "down_proj.weight", "down_proj.bias")
 
 
 @pytest.fixture
-def convert_with(
-    make_micro_config: MakeConfig, micro_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Config]:
-    """Convert with RANKING in the place of a selection from statistics."""
+def converted(ranked_run, micro_model):
+    """A function (**convert fields) -> (config, description, tensors, selection)."""
 
-    class FixedSelection:
-        base_fingerprint = fingerprint(micro_model)
-        layers = (0, 1)
-
-        @classmethod
-        def load(cls, path: Path) -> "FixedSelection":
-            return cls()
-
-        def ranking(self) -> ExpertRanking:
-            return RANKING
-
-    monkeypatch.setattr(initialise, "Selection", FixedSelection)
-
-    def run(**overrides: object) -> Config:
-        config = make_micro_config(tmp_path / "run", **{f"convert.{key}": value for key, value in overrides.items()})
-        convert(config, RunLayout(config.run.directory))
-        return config
+    def run(**fields):
+        overrides = {f"convert.{key}": value for key, value in fields.items()}
+        config, layout, selection = ranked_run(**overrides)
+        convert(config, layout)
+        description, tensors = load_overlay(layout.initial_overlay, fingerprint(micro_model))
+        return config, description, tensors, selection
 
     return run
 
 
-@pytest.mark.parametrize("method", ["zero", "top1_zero"])
-def test_zeroed_methods_start_at_the_base_bit_for_bit(convert_with: Callable[..., Config], method: str) -> None:
-    config = convert_with(initialisation=method)
+def base_digest(directory) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("fields", [{"initialisation": "zero"}, {"initialisation": "zero", "width": 40}])
+def test_zeroed_methods_start_at_the_base_bit_for_bit(converted, fields):
+    config, _, _, _ = converted(**fields)
+    assert_starts_at_the_base(config)
+
+
+def test_top1_zero_starts_at_the_base_bit_for_bit_with_trained_gates(converted):
+    config, _, tensors, _ = converted(initialisation="top1_zero")
+    assert tensors["layers.0.gate_up_proj.weight"].any()
+    assert_starts_at_the_base(config)
+
+
+def assert_starts_at_the_base(config) -> None:
     batch = next(batches(pack([list(range(100, 160))], 32, 4097), 2))
     student = load_student(config.model, RunLayout(config.run.directory).initial_overlay)
     assert torch.equal(student.forward_batch(batch)[0], load_base(config.model).forward_batch(batch)[0])
 
 
-def test_top1_copies_the_most_used_expert_of_each_layer(convert_with: Callable[..., Config]) -> None:
-    config = convert_with(initialisation="top1", token_gate=False, scale=0.2)
-    description, tensors = load_overlay(RunLayout(config.run.directory).initial_overlay, fingerprint(config.model.path))
+def test_top1_copies_the_most_used_expert_of_each_layer(converted):
+    config, description, tensors, selection = converted(initialisation="top1", token_gate=False, scale=0.2)
     assert not description.token_gate
+    stock = GptOssForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    for layer in range(2):
+        expert = selection.ranking().used[layer][0]
+        experts = stock.model.layers[layer].mlp.experts
+        gate_up = experts.gate_up_proj[expert].T
+        expected = torch.cat([gate_up[0::2], gate_up[1::2]]).bfloat16()
+        assert torch.equal(tensors[f"layers.{layer}.gate_up_proj.weight"], expected)
+        assert torch.equal(tensors[f"layers.{layer}.down_proj.weight"], experts.down_proj[expert].T.bfloat16())
+        assert tensors[f"layers.{layer}.scale"].item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("method", ["pca_topK", "reap_top3", "top4_average"])
+def test_means_are_of_the_experts_the_method_names(converted, method):
+    config, _, tensors, selection = converted(initialisation=method, dtype="float32")
+    ranking = selection.ranking()
+    wanted = {
+        "pca_topK": selection.experts(1)[:4],
+        "reap_top3": ranking.reap[1][:3],
+        "top4_average": ranking.used[1][:4],
+    }
+    stock = GptOssForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).model.layers[1].mlp.experts
+    expected = stock.down_proj[list(wanted[method])].mean(0).T
+    assert torch.allclose(tensors["layers.1.down_proj.weight"], expected, atol=1e-6)
+
+
+def test_aligned_mean_keeps_the_neuron_order_of_the_best_expert(converted):
+    config, _, tensors, selection = converted(initialisation="aligned_top1", dtype="float32")
     with CheckpointReader(config.model.path) as reader:
-        for layer, expert in ((0, 3), (1, 2)):
-            weights = FAMILIES["gpt_oss"].read_expert(reader, layer, expert)
-            assert torch.equal(tensors[f"layers.{layer}.gate_up_proj.weight"], weights.gate_up)
-            assert torch.equal(tensors[f"layers.{layer}.down_proj.weight"], weights.down)
-            assert tensors[f"layers.{layer}.scale"].item() == pytest.approx(0.2)
+        best = FAMILIES["gpt_oss"].read_expert(reader, 0, selection.experts(0)[0])
+    assert torch.equal(tensors["layers.0.down_proj.weight"], best.down)
 
 
-def test_random_depends_on_the_seed_only(convert_with: Callable[..., Config], micro_model: Path) -> None:
+def test_aligned_mean_is_nearer_to_its_experts_than_the_plain_mean(converted):
+    """Least squares: the best-matching mean cannot be smaller than one of neurons in arbitrary order."""
+    norms = {}
+    for method in ("aligned_topK", "pca_topK"):
+        _, _, tensors, _ = converted(initialisation=method, dtype="float32")
+        norms[method] = sum(float(tensors[f"layers.0.{name}"].square().sum()) for name in MLP)
+    assert norms["aligned_topK"] > 1.2 * norms["pca_topK"]
+
+
+def test_random_depends_on_the_seed_only(converted):
     name = "layers.1.gate_up_proj.weight"
-    first, second = (
-        load_overlay(
-            RunLayout(convert_with(initialisation="random", width=96).run.directory).initial_overlay,
-            fingerprint(micro_model),
-        )[1][name]
-        for _ in range(2)
-    )
+    first, second = (converted(initialisation="random", width=96)[2][name] for _ in range(2))
     assert torch.equal(first, second)
     assert first.shape == (192, 64)
 
 
-def test_width_of_a_copy_cannot_differ(convert_with: Callable[..., Config]) -> None:
-    with pytest.raises(ConfigError, match=r"convert\.width is 96, but top1 copies experts of width 64"):
-        convert_with(initialisation="top1", width=96)
+@pytest.mark.parametrize("width", [40, 96])
+@pytest.mark.parametrize("method", ["top1", "pca_topK", "aligned_topK", "reap_topK"])
+def test_copies_and_means_take_any_width(converted, method, width):
+    _, description, tensors, _ = converted(initialisation=method, width=width)
+    assert description.width == width
+    assert tensors["layers.0.down_proj.weight"].shape == (64, width)
+    assert tensors["layers.0.gate_up_proj.weight"].shape == (2 * width, 64)
+    assert tensors["layers.0.down_proj.weight"].any()
 
 
-def test_more_experts_than_a_layer_has(convert_with: Callable[..., Config]) -> None:
-    with pytest.raises(ConfigError, match="pca_top24, but a layer has 8 experts"):
-        convert_with(initialisation="pca_top24")
+def test_storage_type_and_shards_are_as_configured(converted):
+    config, description, tensors, _ = converted(dtype="float32", shard_bytes=20_000)
+    assert description.dtype == "float32"
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    files = {path.name for path in RunLayout(config.run.directory).initial_overlay.iterdir()}
+    assert "overlay.safetensors.index.json" in files
+    assert len([name for name in files if name.endswith(".safetensors")]) > 2
+    _, _, tensors, _ = converted()
+    assert {tensor.dtype for name, tensor in tensors.items() if "scale" not in name} == {torch.bfloat16}
 
 
-def test_selection_is_needed_and_named(make_micro_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_micro_config(tmp_path / "run")
-    with pytest.raises(ArtefactError, match=r"selection"):
-        convert(config, RunLayout(config.run.directory))
-    assert not list(tmp_path.glob("run/overlay-initial*"))
+def test_the_record_says_what_each_layer_was_made_from(converted):
+    config, description, _, selection = converted(initialisation="pca_top2")
+    record = json.loads((config.run.directory / initialise.RECORD).read_text())
+    assert record["parameters"] == description.parameters
+    assert [layer["experts"] for layer in record["layers"]] == [selection.experts(layer)[:2] for layer in range(2)]
+    assert all(layer["bytes_read"] > 0 and layer["explained_variance"] is None for layer in record["layers"])
+
+
+def test_the_base_is_not_touched_and_a_full_disk_leaves_the_old_overlay(
+    converted, ranked_run, micro_model, monkeypatch
+):
+    before = base_digest(micro_model)
+    config, _, _, _ = converted(initialisation="zero")
+    layout = RunLayout(config.run.directory)
+    old = base_digest(layout.initial_overlay)
+
+    def full(*arguments: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    config, layout, _ = ranked_run(**{"convert.initialisation": "pca_topK"})
+    with pytest.raises(StorageError, match="disk is full"):
+        convert(config, layout)
+    assert base_digest(layout.initial_overlay) == old
+    assert [path.name for path in layout.directory.iterdir() if "partial" in path.name] == []
+    assert base_digest(micro_model) == before
+
+
+def test_damaged_experts_leave_nothing_half_written(ranked_run, micro_model, monkeypatch):
+    config, layout, _ = ranked_run(**{"convert.initialisation": "pca_topK"})
+
+    def fail_in_second_layer(parts, experts):
+        if ".layers.1." in parts.down.name:
+            raise ModelError("damaged")
+        return mean_expert(parts, experts)
+
+    monkeypatch.setattr(initialise, "mean_expert", fail_in_second_layer)
+    with pytest.raises(ModelError, match="damaged"):
+        convert(config, layout)
+    assert not [path for path in layout.directory.iterdir() if "overlay" in path.name]
+
+
+def test_the_command_imports_no_heavy_library(ranked_run, tmp_path):
+    config, layout, _ = ranked_run(**{"convert.initialisation": "pca_topK"})
+    save_config(config, tmp_path / "run.yaml")
+    program = (
+        "import sys; from nexus_ray.cli import run_command; "
+        "code = run_command(['convert', sys.argv[1]]); "
+        "print(sorted(sys.modules.keys() & {'transformers', 'ray', 'sklearn', 'scipy', 'matplotlib', 'datasets'})); "
+        "sys.exit(code)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+    assert (layout.initial_overlay / "overlay.safetensors").exists()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nexus_ray.errors import ArtefactError, DataError
+from nexus_ray.modeling.packed_experts import ExpertNorms
 from nexus_ray.router.moments import RouterMoments
 
 LAYERS, EXPERTS, TOP_K, LENGTH = 3, 8, 2, 16
@@ -20,6 +21,14 @@ def make_logits(sequences: int, seed: int = 0) -> torch.Tensor:
 def make_valid(sequences: int, seed: int = 0) -> np.ndarray:
     lengths = np.random.default_rng(seed).integers(1, LENGTH + 1, sequences)
     return np.arange(LENGTH) < lengths[:, None]
+
+
+def make_norms(sequences: int, seed: int = 0) -> list[ExpertNorms]:
+    """Random contributions of the experts that `make_logits` selects."""
+    generator = torch.Generator().manual_seed(seed + 100)
+    selected = make_logits(sequences, seed).flatten(0, 1).topk(TOP_K, dim=-1).indices
+    contributions = torch.rand(sequences * LENGTH, LAYERS, TOP_K, generator=generator)
+    return [ExpertNorms(selected[:, layer], contributions[:, layer]) for layer in range(LAYERS)]
 
 
 def moments_of(logits: torch.Tensor, valid: np.ndarray, half: np.ndarray) -> RouterMoments:
@@ -58,6 +67,62 @@ def test_selection_counts_and_gate_mass_follow_the_router_token_by_token():
     np.testing.assert_allclose(moments.gate_mass[0], mass, rtol=1e-12)
     assert not moments.selected[1].any()
     np.testing.assert_allclose(moments.usage()[0], selected / selected.sum(axis=1, keepdims=True), rtol=1e-15)
+
+
+def reap_by_hand(sequences: list[int], norms: list[ExpertNorms], valid: np.ndarray) -> np.ndarray:
+    """[layers, experts] sum and [layers, experts] count, token by token."""
+    sums = np.zeros((2, LAYERS, EXPERTS))
+    for sequence in sequences:
+        for position in np.flatnonzero(valid[sequence]):
+            token = sequence * LENGTH + int(position)
+            for layer, record in enumerate(norms):
+                for expert, value in zip(record.indices[token], record.contributions[token], strict=True):
+                    sums[:, layer, int(expert)] += (float(value), 1)
+    return sums
+
+
+def test_reap_is_the_mean_contribution_to_the_tokens_an_expert_got_in_each_half():
+    logits, valid, half, norms = make_logits(6), make_valid(6), np.arange(6) % 2, make_norms(6)
+    moments = RouterMoments.from_logits(logits, valid, half, TOP_K, norms)
+    assert moments.has_reap
+    for part in (0, 1):
+        total, count = reap_by_hand([i for i in range(6) if half[i] == part], norms, valid)
+        np.testing.assert_allclose(moments.reap[part], total, rtol=1e-6)
+        np.testing.assert_allclose(moments.saliency()[part], total / np.maximum(count, 1), rtol=1e-6)
+
+
+def test_reap_of_merged_batches_is_that_of_all_tokens():
+    logits, valid, norms = make_logits(6), make_valid(6), make_norms(6)
+    tokens = torch.arange(6 * LENGTH).view(6, LENGTH)
+    parts = []
+    for chunk in ([0, 1, 2], [3], [4, 5]):
+        rows = tokens[chunk].flatten()
+        mine = [ExpertNorms(record.indices[rows], record.contributions[rows]) for record in norms]
+        parts.append(RouterMoments.from_logits(logits[chunk], valid[chunk], np.array(chunk) % 2, TOP_K, mine))
+    merged = reduce(RouterMoments.merge, parts, RouterMoments.empty(LAYERS, EXPERTS)).both_halves()
+    np.testing.assert_allclose(merged.reap[0], reap_by_hand(list(range(6)), norms, valid)[0], rtol=1e-6)
+
+
+def test_without_recorded_outputs_there_is_no_saliency_even_after_merging():
+    logits, valid, half = make_logits(4), make_valid(4), np.arange(4) % 2
+    without = moments_of(logits, valid, half)
+    merged = RouterMoments.from_logits(logits, valid, half, TOP_K, make_norms(4)).merge(without)
+    for moments in (without, merged):
+        assert not moments.has_reap
+        with pytest.raises(ArtefactError, match="no expert output norms") as caught:
+            moments.saliency()
+        assert "model.experts=packed" in caught.value.hint
+
+
+def test_padding_has_no_part_in_reap_and_a_broken_output_is_an_error():
+    logits, valid, norms = make_logits(4), make_valid(4), make_norms(4)
+    padding = torch.from_numpy(~valid).flatten()
+    for record in norms:
+        record.contributions[padding] = torch.nan
+    assert RouterMoments.from_logits(logits, valid, np.zeros(4, int), TOP_K, norms).has_reap
+    norms[1].contributions[~padding] = torch.inf
+    with pytest.raises(DataError, match="output is NaN or infinite"):
+        RouterMoments.from_logits(logits, valid, np.zeros(4, int), TOP_K, norms)
 
 
 @pytest.mark.parametrize("seed", range(20))

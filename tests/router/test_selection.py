@@ -94,6 +94,32 @@ def test_ranking_orders_by_usage_and_by_importance(planted):
     assert ranking.used_overall == int(counts.sum(axis=0).argmax())
 
 
+def test_reap_ranks_by_saliency_and_is_recorded(ranked_run):
+    _, layout, selection = ranked_run(**{"select.method": "reap"})
+    saliency = RouterStatistics.load(layout.router_stats).sources["play"].both_halves().saliency()[0]
+    for layer, expected in zip(selection.layers, saliency, strict=True):
+        assert layer.reap == pytest.approx(expected)
+        assert list(layer.ranked) == np.argsort(-expected, kind="stable").tolist()
+        assert list(layer.scores) == sorted(expected, reverse=True)
+        assert layer.null_share == pytest.approx(4 / 8)
+    assert list(selection.ranking().reap[1]) == list(selection.layers[1].ranked)
+    assert Selection.load(layout.selection) == selection
+    assert len(plot_selection(selection, layout.plots)) == 4
+
+
+def test_reap_is_ranked_beside_every_other_method(ranked_run):
+    _, _, selection = ranked_run(**{"select.method": "usage"})
+    assert list(selection.ranking().reap[0]) == np.argsort(-np.asarray(selection.layers[0].reap)).tolist()
+
+
+def test_reap_without_recorded_outputs_is_refused_and_absent_elsewhere(ranked_run):
+    _, _, selection = ranked_run(with_norms=False)
+    assert selection.layers[0].reap is None
+    assert selection.ranking().reap is None
+    with pytest.raises(ArtefactError, match="no expert output norms"):
+        ranked_run(with_norms=False, **{"select.method": "reap"})
+
+
 def test_noise_has_the_share_of_its_null_model_and_chance_overlap():
     statistics = statistics_of({"play": noise_moments()})
     selection = select_experts(statistics, SelectSection(top_k=4), ("play",))

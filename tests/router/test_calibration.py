@@ -1,0 +1,108 @@
+"""`lstsq` against transformers' own MoE blocks and scikit-learn, one sequence at a time."""
+
+import json
+import logging
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from transformers import GptOssForCausalLM
+
+from nexus_ray.checkpoints.fingerprint import fingerprint
+from nexus_ray.checkpoints.overlay import load_overlay
+from nexus_ray.data.packing import pack_shard
+from nexus_ray.data.sources import list_shards
+from nexus_ray.modeling.loading import load_base
+from nexus_ray.router.calibration import calibration_batch
+from nexus_ray.router.initialise import RECORD, convert
+
+SEQUENCES, RIDGE = 400, 0.01  # more sequences than there are: every shard to its padded end
+
+
+@pytest.fixture
+def lstsq_run(ranked_run):
+    return ranked_run(
+        **{
+            "convert.initialisation": "lstsq",
+            "convert.calibration_sequences": SEQUENCES,
+            "convert.ridge": RIDGE,
+            "convert.dtype": "float32",
+            "model.dtype": "float32",
+        }
+    )
+
+
+def blocks_of_sequences(model, sequences, layer):
+    """[tokens, hidden] inputs and outputs of a stock MoE block; padding is cut off before the model sees it."""
+    seen = []
+    hook = model.model.layers[layer].mlp.register_forward_hook(lambda _m, i, o: seen.append((i[0][0], o[0][0])))
+    with torch.no_grad():
+        for sequence in sequences:
+            model(input_ids=torch.from_numpy(sequence.input_ids[: sequence.num_tokens]).long()[None])
+    hook.remove()
+    return (torch.cat(parts).double().numpy() for parts in zip(*seen, strict=True))
+
+
+def features_of(experts, expert, inputs):
+    """Activations of one expert by the formula of the model card, with interleaved columns."""
+    both = inputs @ experts.gate_up_proj[expert].double().numpy() + experts.gate_up_proj_bias[expert].double().numpy()
+    gate, up = np.minimum(both[:, 0::2], 7), np.clip(both[:, 1::2], -7, 7)
+    return (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+
+
+def test_down_projection_is_the_ridge_regression_on_the_routed_output(lstsq_run, micro_model):
+    config, layout, selection = lstsq_run
+    convert(config, layout)
+    _, tensors = load_overlay(layout.initial_overlay, fingerprint(micro_model))
+    record = json.loads((layout.directory / RECORD).read_text())
+    stock = GptOssForCausalLM.from_pretrained(micro_model, dtype=torch.float32).requires_grad_(False).eval()
+    base = load_base(config.model)
+    batch = calibration_batch(config, base)
+    assert not batch.valid.all()  # else padding is not tested
+    shards = list_shards(config.data, "train", ("play",))
+    each = -(-SEQUENCES // len(shards))
+    packed = [list(islice(pack_shard(shard, base.tokenizer, 64), each)) for shard in shards]
+    sequences = [sequence for group in packed for sequence in group][:SEQUENCES]
+    for layer in range(2):
+        inputs, outputs = blocks_of_sequences(stock, sequences, layer)
+        features = features_of(stock.model.layers[layer].mlp.experts, selection.ranking().used[layer][0], inputs)
+        alpha = RIDGE * features.var(axis=0).mean() * len(features)
+        reference = Ridge(alpha=alpha).fit(features, outputs)
+        scale = np.abs(reference.coef_).max()
+        np.testing.assert_allclose(tensors[f"layers.{layer}.down_proj.weight"], reference.coef_, atol=2e-3 * scale)
+        np.testing.assert_allclose(tensors[f"layers.{layer}.down_proj.bias"], reference.intercept_, atol=5e-3)
+        residual = ((outputs - reference.predict(features)) ** 2).sum()
+        explained = 1 - residual / ((outputs - outputs.mean(0)) ** 2).sum()
+        assert record["layers"][layer]["explained_variance"] == pytest.approx(explained, abs=1e-3)
+        assert 0.05 < explained <= 1
+
+
+def test_the_log_says_how_much_is_explained(lstsq_run, caplog, monkeypatch):
+    config, layout, _ = lstsq_run
+    monkeypatch.setattr(logging.getLogger("nexus_ray"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        convert(config, layout)
+    assert "layer 1: the fit explains" in caplog.text
+
+
+def test_other_widths_are_fitted_too(ranked_run, micro_model):
+    for width in (24, 80):
+        config, layout, _ = ranked_run(**{"convert.initialisation": "lstsq", "convert.width": width})
+        convert(config, layout)
+        _, tensors = load_overlay(layout.initial_overlay, fingerprint(micro_model))
+        assert tensors["layers.1.down_proj.weight"].shape == (64, width)
+
+
+def test_calibration_text_is_of_the_domain_only_and_as_long_as_asked(ranked_run):
+    config, _, _ = ranked_run(**{"convert.calibration_sequences": 5})
+    base = load_base(config.model)
+    batch = calibration_batch(config, base)
+    assert batch.input_ids.shape == (5, 64)
+    prose = {
+        tuple(sequence.input_ids)
+        for shard in list_shards(config.data, "train", ("prose",))
+        for sequence in pack_shard(shard, base.tokenizer, 64)
+    }
+    assert not prose & {tuple(row) for row in batch.input_ids}
