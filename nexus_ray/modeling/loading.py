@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,10 +111,15 @@ class LoadedModel:
             yield records
 
 
-def load_base(section: ModelSection) -> LoadedModel:
+def load_base(section: ModelSection, devices: Sequence[torch.device] | None = None) -> LoadedModel:
     """Load the frozen base model.
 
-    MXFP4 experts stay packed, unless `model.experts` names one of transformers' implementations.
+    Layers are spread over the devices when there are several. MXFP4 experts stay packed, unless `model.experts`
+    names one of transformers' implementations.
+
+    Args:
+        section: which model, and how it computes.
+        devices: where to put it; default: every GPU that this process sees, or the CPU.
 
     Raises:
         ModelError: the directory is missing, incomplete or of an unsupported family, or the tokenizer does not
@@ -123,22 +128,22 @@ def load_base(section: ModelSection) -> LoadedModel:
     config = read_model_config(section.path)
     family = family_of(config)
     identity = fingerprint(section.path)
-    devices = _devices(section)
+    places = _places(section, devices)
     model = build_model(
-        section.path, config, family, experts=section.experts, dtype=_dtype(section, devices[0]), devices=devices
+        section.path, config, family, experts=section.experts, dtype=_dtype(section, places[0]), devices=places
     )
     tokenizer = load_tokenizer(section.path, config)
-    return LoadedModel(model, tokenizer, family, config, family.dimensions(config), identity, devices[0])
+    return LoadedModel(model, tokenizer, family, config, family.dimensions(config), identity, places[0])
 
 
-def load_student(section: ModelSection, overlay: Path) -> LoadedModel:
-    """Load the base and attach the overlay in directory `overlay`.
+def load_student(section: ModelSection, overlay: Path, devices: Sequence[torch.device] | None = None) -> LoadedModel:
+    """Load the base and attach the overlay in directory `overlay`, each shared expert where its layer is.
 
     Raises:
         ModelError: as `load_base`.
         ArtefactError: the overlay is missing, damaged or belongs to another base.
     """
-    loaded = load_base(section)
+    loaded = load_base(section, devices)
     description, tensors = load_overlay(overlay, loaded.fingerprint)
     experts = load_shared_experts(description, tensors, activation(loaded.family, loaded.config))
     blocks = loaded.family.moe_blocks(loaded.model)
@@ -195,11 +200,12 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def _devices(section: ModelSection) -> list[torch.device]:
-    """Every GPU that this process sees, or the CPU."""
-    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+def _places(section: ModelSection, devices: Sequence[torch.device] | None) -> list[torch.device]:
+    """The given devices, by default every GPU that this process sees, or the CPU, as `model.device` allows."""
+    visible = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    gpus = [device for device in (visible if devices is None else devices) if device.type == "cuda"]
     if section.device == "cuda" and not gpus:
-        raise ModelError("model.device is cuda, but this process sees no GPU", "set resources.gpus_per_worker=1")
+        raise ModelError("model.device is cuda, but this process has no GPU", "set resources.gpus_per_worker=1")
     return gpus if gpus and section.device != "cpu" else [torch.device("cpu")]
 
 

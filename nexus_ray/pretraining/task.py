@@ -47,7 +47,7 @@ class PretrainTask:
         set_worker_threads(run.resources)
         section = run.pretrain
         self.section = section
-        self.device = trainer.device()
+        self.device = trainer.devices()[0]
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(section.tokenizer)
         self.model = new_model(build_config(section.architecture, self.tokenizer), run.run.seed).to(self.device)
         self.module = PretrainModule(self.model).train()

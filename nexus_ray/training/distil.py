@@ -115,7 +115,7 @@ class DistilTask:
         set_worker_threads(config.resources)
         torch.manual_seed(config.run.seed)
         self.train = config.train
-        self.student = load_student(config.model, layout.initial_overlay)
+        self.student = load_student(config.model, layout.initial_overlay, trainer.devices())
         assert self.student.shared_experts is not None
         assert self.student.overlay is not None
         experts = self.student.shared_experts.requires_grad_(True)

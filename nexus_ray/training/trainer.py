@@ -114,11 +114,11 @@ def world() -> tuple[int, int]:
     return context.get_world_rank(), context.get_world_size()
 
 
-def device() -> torch.device:
-    """The device Ray Train gives to this worker."""
-    from ray.train.torch import get_device
+def devices() -> list[torch.device]:
+    """The devices Ray Train gives to this worker; it may see those of other workers too."""
+    from ray.train.torch import get_devices
 
-    return torch.device(get_device())
+    return [torch.device(device) for device in get_devices()]
 
 
 def data_parallel(module: nn.Module) -> nn.Module:
