@@ -1,0 +1,1 @@
+"""The exported model as a transformers architecture, `nexus_gpt_oss`."""
