@@ -38,6 +38,11 @@ class RunLayout:
         return self.directory / "overlay-initial"
 
     @property
+    def conversion(self) -> Path:
+        """What the initial overlay was made from."""
+        return self.directory / "convert.json"
+
+    @property
     def targets(self) -> Path:
         """Target set."""
         return self.directory / "targets"

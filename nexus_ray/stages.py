@@ -107,7 +107,7 @@ ALL = (
         _convert,
         ("select",),
         lambda run: {"convert": _dump(run.config.convert), "seed": run.config.run.seed},
-        lambda layout: (layout.initial_overlay,),
+        lambda layout: (layout.initial_overlay, layout.conversion),
     ),
     Stage(
         "precompute",

@@ -12,7 +12,7 @@ import pytest
 from nexus_ray.config import STAGES
 
 JOBS = Path(__file__).parents[1] / "jobs"
-VERBS = {"pipeline": "run", "pretrain": "pretrain", "serve": "serve", "export": "export"} | {stage: stage for stage in STAGES}
+VERBS = {"pipeline": "run"} | {verb: verb for verb in (*STAGES, "export", "pretrain", "serve")}
 STUB = """
 import select, selectors, sys
 def main(arguments):

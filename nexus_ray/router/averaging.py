@@ -17,7 +17,7 @@ from torch import Tensor
 from nexus_ray.errors import ModelError
 from nexus_ray.families import ExpertParts, ExpertWeights, StoredPart
 
-_ROWS = 256  # of 2880 float32 values: a chunk and its total fill a few MiB
+_ROWS = 512  # of 2880 float32 values: a chunk and its total stay in the cache, and reads are long enough for a disk
 _THREADS = 2  # one computes while the other waits for the disk
 
 

@@ -30,7 +30,6 @@ from nexus_ray.router.width import random_expert, resize
 from nexus_ray.storage import write_json
 
 logger = logging.getLogger(__name__)
-RECORD = "convert.json"  # in the run directory: what the initial overlay was made from
 _ZERO_DOWN = ("zero", "top1_zero")
 
 
@@ -63,7 +62,7 @@ def convert(config: Config, layout: RunLayout) -> OverlayConfig:
             explained = fit_layers(config, plan, emit)
         else:
             _make_layers(config, plan, emit)
-    write_json(layout.directory / RECORD, _record(plan, explained, time.monotonic() - started))
+    write_json(layout.conversion, _record(plan, explained, time.monotonic() - started))
     logger.info(
         "overlay of %s parameters, initialised with %s from %s bytes of experts",
         f"{plan.description.parameters:,}", plan.description.initialisation, f"{sum(plan.expert_bytes):,}",

@@ -16,7 +16,7 @@ from nexus_ray.data.packing import pack_shard
 from nexus_ray.data.sources import list_shards
 from nexus_ray.modeling.loading import load_base
 from nexus_ray.router.calibration import calibration_batch
-from nexus_ray.router.initialise import RECORD, convert
+from nexus_ray.router.initialise import convert
 
 SEQUENCES, RIDGE = 400, 0.01  # more sequences than there are: every shard to its padded end
 
@@ -56,7 +56,7 @@ def test_down_projection_is_the_ridge_regression_on_the_routed_output(lstsq_run,
     config, layout, selection = lstsq_run
     convert(config, layout)
     _, tensors = load_overlay(layout.initial_overlay, fingerprint(micro_model))
-    record = json.loads((layout.directory / RECORD).read_text())
+    record = json.loads((layout.conversion).read_text())
     stock = GptOssForCausalLM.from_pretrained(micro_model, dtype=torch.float32).requires_grad_(False).eval()
     base = load_base(config.model)
     batch = calibration_batch(config, base)

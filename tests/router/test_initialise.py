@@ -135,7 +135,7 @@ def test_storage_type_and_shards_are_as_configured(converted):
 
 def test_the_record_says_what_each_layer_was_made_from(converted):
     config, description, _, selection = converted(initialisation="pca_top2")
-    record = json.loads((config.run.directory / initialise.RECORD).read_text())
+    record = json.loads((RunLayout(config.run.directory).conversion).read_text())
     assert record["parameters"] == description.parameters
     assert [layer["experts"] for layer in record["layers"]] == [selection.experts(layer)[:2] for layer in range(2)]
     assert all(layer["bytes_read"] > 0 and layer["explained_variance"] is None for layer in record["layers"])
