@@ -203,6 +203,28 @@ def chat(
     start(_load(config, overrides, verbose, quiet, Config).config, which)
 
 
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, sizes in bytes")] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what a run will need beside what this machine has: memory by part, storage, tokens.
+
+    Computed from config.json, file headers and file sizes; no weights are read and Ray is not started.
+    """
+    from nexus_ray.planning.plan import make_plan
+    from nexus_ray.planning.tables import show_plan
+
+    made = make_plan(_load(config, overrides, verbose, quiet, Config).config)
+    if as_json:
+        output.print_json(data=made.as_dict())
+    else:
+        output.print(show_plan(made))
+
+
 @app.command(name="config")
 def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
     """Show every field of the resolved configuration, where its value comes from and what it means."""

@@ -22,7 +22,9 @@ def _error(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("verb", ["run", "collect", "train", "serve", "chat", "config", "plot", "pretrain"])
+@pytest.mark.parametrize(
+    "verb", ["run", "collect", "train", "serve", "chat", "config", "plot", "pretrain", "export", "merge-check", "plan"]
+)
 def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command([verb, "--help"]) == 0
     assert "Usage" in capsys.readouterr().out

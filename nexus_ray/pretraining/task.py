@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GptOssForCausalLM, PreTrainedTokenizerBase
 
-from nexus_ray.cluster import set_worker_threads
+from nexus_ray.cluster import configure_torch
 from nexus_ray.config import PretrainRun
 from nexus_ray.data.packing import separator_id
 from nexus_ray.layout import RunLayout
@@ -44,7 +44,7 @@ class PretrainTask:
     """Pretraining on one worker."""
 
     def __init__(self, run: PretrainRun) -> None:
-        set_worker_threads(run.resources)
+        configure_torch(run.resources)
         section = run.pretrain
         self.section = section
         self.device = trainer.devices()[0]

@@ -1,6 +1,5 @@
 """The parts of benchmarks/convert_true_shape.py that its claims rest on."""
 
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -9,16 +8,10 @@ import pytest
 
 from nexus_ray.errors import ConfigError, NexusError
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module("convert_true_shape")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def benchmark(script):
+    return script("convert_true_shape")
 
 
 @pytest.fixture

@@ -1,0 +1,174 @@
+"""A training worker's steps in a plain process: what `DistilTask` does with a run's micro-batches, without Ray.
+
+Token ids and stored teacher targets are random; the model, the shared experts' shape, the losses and their weights,
+the order of micro-batches, clipping and AdamW are the run's. The base is one that exists, or a checkpoint of true
+shape that is made when it is missing.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from _stopwatch import StepTimes
+from torch import Tensor, nn
+
+from nexus_ray.checkpoints.fingerprint import fingerprint
+from nexus_ray.checkpoints.overlay import OverlayConfig, OverlayWriter
+from nexus_ray.checkpoints.reader import read_model_config
+from nexus_ray.cluster import configure_torch
+from nexus_ray.config import Config, load_config
+from nexus_ray.families import family_of
+from nexus_ray.modeling.loading import LoadedModel, load_student
+from nexus_ray.planning.losses import micro_batches
+from nexus_ray.router.initialise import layer_tensors
+from nexus_ray.router.width import random_expert
+from nexus_ray.targets.compression import compress
+from nexus_ray.training.loop import adamw
+from nexus_ray.training.objective import MicroBatch, Teacher, combine, term_counts, token_sums
+
+_ROOT = Path(__file__).parents[1]
+CHECKPOINTS = _ROOT / "build" / "true-shape"
+Measure = Callable[[str], AbstractContextManager[None]]
+
+
+class WorkerSteps:
+    """The trained state of one worker, and its optimiser steps.
+
+    Args:
+        config: the run; the worker takes its share of each global batch.
+        overlay: directory of the overlay to start from.
+    """
+
+    def __init__(self, config: Config, overlay: Path) -> None:
+        configure_torch(config.resources)
+        self.config = config
+        self.student: LoadedModel = load_student(config.model, overlay)
+        assert self.student.shared_experts is not None
+        named = self.student.shared_experts.named_parameters()
+        self.parameters: dict[str, nn.Parameter] = {
+            name: parameter.requires_grad_(True) for name, parameter in named if not name.endswith("scale")
+        }
+        self.optimiser = adamw(self.parameters, config.train.optimiser)
+        self._generator = torch.Generator().manual_seed(config.run.seed)
+
+    def step(self, times: StepTimes | None = None) -> tuple[float, float]:
+        """One optimiser step, timed by part; returns its loss (nats a token) and its gradient norm before clipping."""
+        measure = times.measure if times else lambda _: nullcontext()
+        total = 0.0
+        for batch in micro_batches(self.config):
+            loss = torch.zeros(())
+            for part, logits, router_logits in self._outputs(batch, measure):
+                with measure("loss"):
+                    loss = loss + self._loss(part, logits, router_logits)
+            with measure("backward"):
+                loss.backward()
+            total += loss.item()
+        with measure("optimizer"):
+            norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.optimiser.clip_norm)
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+        return total, float(norm)
+
+    def _loss(self, part: MicroBatch, logits: Tensor, router_logits: Tensor) -> Tensor:
+        section = self.config.train.sources[part.source]
+        sums = token_sums(part, logits, router_logits, section, self.config.train.router_temperature)
+        return combine(sums, section, self._counts())
+
+    def _counts(self) -> dict[str, int]:
+        length = self.config.data.sequence_length
+        sections = self.config.train.sources
+        tokens = {name: section.sequences_per_step * length for name, section in sections.items()}
+        return term_counts(sections, tokens, tokens)
+
+    def _outputs(self, batch: dict[str, int], measure: Measure) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+        parts = [self._micro_batch(name, sequences) for name, sequences in batch.items()]
+        ids, valid = (torch.cat([getattr(part, name) for part in parts]) for name in ("input_ids", "valid"))
+        with measure("forward"):
+            logits, router_logits = self.student.forward(ids, valid)
+        sizes = list(batch.values())
+        yield from zip(parts, logits.split(sizes), router_logits.split(sizes), strict=True)
+
+    def _micro_batch(self, name: str, sequences: int) -> MicroBatch:
+        shape = (sequences, self.config.data.sequence_length)
+        vocabulary = self.student.config["vocab_size"]
+        ids = torch.randint(0, vocabulary, shape, generator=self._generator)
+        valid = torch.ones(shape, dtype=torch.bool)
+        return MicroBatch(name, ids, valid, self._teacher(name, ids, valid))
+
+    @torch.no_grad()
+    def _teacher(self, name: str, ids: Tensor, valid: Tensor) -> Teacher:
+        section = self.config.train.sources[name]
+        if not (section.output_kl or section.router_kl):
+            return Teacher()
+        if self.config.train.mode == "online":
+            with self.student.base():
+                logits, router_logits = self.student.forward(ids, valid)
+            return Teacher(logits=logits, router_logits=router_logits)
+        kept = self.config.targets.top_k
+        top = compress(torch.randn(*ids.shape, 2 * kept, generator=self._generator), kept)
+        return Teacher(top=top)
+
+
+def true_shape_config(directory: Path, shape: str, layers: int | None, overrides: list[str]) -> Config:
+    """One sequence of cross-entropy a step, in bfloat16 on two cores, on a checkpoint of true shape.
+
+    Args:
+        directory: of checkpoints; one of this shape is made when it is not there.
+        shape: see `_true_shape.SHAPES`.
+        layers: fewer layers than the shape has.
+        overrides: of the configuration.
+    """
+    model = directory / (shape + (f"-{layers}-layers" if layers else ""))
+    make_checkpoint(shape, layers, model)
+    settings = [
+        f"model.path={model}",
+        "model.dtype=bfloat16",
+        "resources={workers: 1, cpus_per_worker: 2, gpus_per_worker: 0}",
+        "data.sequence_length=256",
+        "train.micro_batch_sequences=1",
+        "train.sources={domain: {sequences_per_step: 1, cross_entropy: 1.0}}",
+    ]
+    return load_config(_ROOT / "configs" / "gpt-oss-20b.yaml", [*settings, *overrides])
+
+
+def make_checkpoint(shape: str, layers: int | None, directory: Path) -> None:
+    """Write the checkpoint unless it is there."""
+    if (directory / "config.json").exists():
+        return
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("make_checkpoint.py")),
+        "--shape",
+        shape,
+        "--output",
+        str(directory),
+    ]
+    subprocess.run(command + (["--layers", str(layers)] if layers else []), check=True)
+
+
+def make_overlay(model: Path, directory: Path) -> None:
+    """An overlay of full width whose down projections are zero and whose gate and up projections are random."""
+    config = read_model_config(model)
+    dimensions = family_of(config).dimensions(config)
+    description = OverlayConfig(
+        base_fingerprint=fingerprint(model),
+        model_type=config["model_type"],
+        layers=dimensions.layers,
+        hidden_size=dimensions.hidden_size,
+        width=dimensions.intermediate_size,
+        token_gate=True,
+        scale=1.0,
+        learn_scale=False,
+        initialisation="zero",
+    )
+    generator = torch.Generator().manual_seed(0)
+    with OverlayWriter(directory, description) as writer:
+        for layer in range(dimensions.layers):
+            weights = random_expert(description.hidden_size, description.width, generator)
+            for name, tensor in layer_tensors(layer, weights, description).items():
+                writer.write(name, tensor)

@@ -1,0 +1,78 @@
+"""How much text a run has, in tokens, without reading it: file sizes, and tokens a byte of a small sample."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import fsspec
+from tokenizers import Tokenizer
+
+from nexus_ray.config import Config
+from nexus_ray.data.sources import Shard, list_shards, read_documents
+from nexus_ray.errors import DataError
+
+logger = logging.getLogger(__name__)
+_SAMPLE_CHARACTERS = 100_000
+_SAMPLE_DOCUMENTS = 200
+_USUAL_TOKENS_PER_BYTE = 0.25  # of English with a large vocabulary, where there is no tokenizer to ask
+
+
+@dataclass(frozen=True)
+class SourceText:
+    """Training text of one source.
+
+    Attributes:
+        size: bytes of its files.
+        shards: units of parallel work.
+        tokens: estimate.
+    """
+
+    size: int
+    shards: int
+    tokens: int
+
+
+def measure_text(config: Config) -> dict[str, SourceText]:
+    """Size of the training text of each trained source; a source whose files are missing is left out, with a warning.
+
+    Files of Parquet count compressed, so their tokens are a lower bound.
+    """
+    tokenizer = _tokenizer(config.model.path)
+    found = {}
+    for name in config.train.sources:
+        try:
+            shards = list_shards(config.data, "train", (name,))
+        except DataError as error:
+            logger.warning("%s: its targets are not planned for", error.message)
+            continue
+        size = sum(_file_size(path) for path in {shard.path for shard in shards})
+        found[name] = SourceText(size, len(shards), int(size * _tokens_per_byte(shards[0], tokenizer)))
+    return found
+
+
+def _file_size(path: str) -> int:
+    filesystem, plain = fsspec.core.url_to_fs(path)
+    return int(filesystem.size(plain) or 0)
+
+
+def _tokenizer(model: Path) -> Tokenizer | None:
+    path = model / "tokenizer.json"
+    return Tokenizer.from_file(str(path)) if path.is_file() else None
+
+
+def _tokens_per_byte(shard: Shard, tokenizer: Tokenizer | None) -> float:
+    """Tokens a byte of text of the first documents of a shard."""
+    if tokenizer is None:
+        return _USUAL_TOKENS_PER_BYTE
+    texts = [_text(document.text, document.messages) for document in islice(read_documents(shard), _SAMPLE_DOCUMENTS)]
+    sample = " ".join(texts)[:_SAMPLE_CHARACTERS]
+    if not sample:
+        return _USUAL_TOKENS_PER_BYTE
+    return len(tokenizer.encode(sample, add_special_tokens=False).ids) / len(sample.encode())
+
+
+def _text(text: str | None, messages: tuple[dict[str, object], ...] | None) -> str:
+    return text if text is not None else " ".join(str(message.get("content") or "") for message in messages or ())

@@ -1,0 +1,117 @@
+"""What the frozen base and the overlay take in memory, by how the model is loaded (`modeling/weights.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from nexus_ray.checkpoints.overlay import OverlayConfig, overlay_specs
+from nexus_ray.config import Config
+from nexus_ray.planning.needs import Device, Part
+from nexus_ray.planning.sizes import ModelSizes
+
+_FLOAT32 = 4
+_SCALE = ".scale"
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """Bytes of the base in a worker.
+
+    Attributes:
+        own: in the worker's own memory.
+        mapped: views of the mapped files, one copy a node.
+    """
+
+    own: int
+    mapped: int
+
+
+@dataclass(frozen=True)
+class OverlaySize:
+    """Counts of an overlay.
+
+    Attributes:
+        parameters: all of them.
+        trained: those with a gradient.
+        largest: elements of the largest tensor.
+        stored_bytes: in its file.
+    """
+
+    parameters: int
+    trained: int
+    largest: int
+    stored_bytes: int
+
+
+def compute_device(config: Config) -> Device:
+    """Where the model will be: on a GPU when workers get one, unless the configuration says CPU."""
+    return "cuda" if config.resources.gpus_per_worker > 0 and config.model.device != "cpu" else "cpu"
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """Type of the model's weights and activations."""
+    if config.model.dtype == "auto":
+        return torch.bfloat16 if compute_device(config) == "cuda" else torch.float32
+    return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+
+
+def base_weights(sizes: ModelSizes, *, packed: bool, dtype: torch.dtype, device: Device) -> BaseWeights:
+    """Bytes of the base's weights.
+
+    On a CPU a tensor whose stored type is the model's stays in the mapped file; a cast or unpacked one is the
+    worker's own. On a GPU everything is the device's own.
+    """
+    own = mapped = 0
+    for stored, count in sizes.plain_parameters.items():
+        if device == "cpu" and stored == dtype:
+            mapped += count * dtype.itemsize
+        else:
+            own += count * dtype.itemsize
+    if not packed:
+        own += sizes.packed_parameters * dtype.itemsize
+    elif device == "cpu":
+        mapped += sizes.packed_bytes
+    else:
+        own += sizes.packed_bytes
+    return BaseWeights(own, mapped)
+
+
+def overlay_size(sizes: ModelSizes, config: Config) -> OverlaySize:
+    """Counts of the overlay that `convert` will write."""
+    section = config.convert
+    description = OverlayConfig(
+        base_fingerprint="",
+        model_type="",
+        layers=sizes.dimensions.layers,
+        hidden_size=sizes.dimensions.hidden_size,
+        width=overlay_width(sizes, config),
+        token_gate=section.token_gate,
+        scale=section.scale,
+        learn_scale=section.learn_scale,
+        initialisation=section.initialisation,
+        dtype=section.dtype,
+    )
+    specs = overlay_specs(description)
+    counts = {spec.name: prod(spec.shape) for spec in specs}
+    trained = sum(count for name, count in counts.items() if section.learn_scale or not name.endswith(_SCALE))
+    return OverlaySize(sum(counts.values()), trained, max(counts.values()), sum(spec.nbytes for spec in specs))
+
+
+def overlay_width(sizes: ModelSizes, config: Config) -> int:
+    """Intermediate size of the shared experts."""
+    return config.convert.width or sizes.dimensions.intermediate_size
+
+
+def overlay_part(size: OverlaySize) -> Part:
+    """The shared experts in memory: float32 masters."""
+    return Part("shared experts", size.parameters * _FLOAT32, f"{size.parameters:,} parameters, float32")
+
+
+def base_part(sizes: ModelSizes, weights: BaseWeights, *, packed: bool, dtype: torch.dtype, devices: int = 1) -> Part:
+    """The part of the base that is the worker's own, or one device's share of it."""
+    kind = str(dtype).removeprefix("torch.")
+    how = "experts as stored" if packed and sizes.packed_bytes else "experts unpacked"
+    return Part("base weights", weights.own // devices, f"{sizes.parameters:,} parameters; {how}, the rest {kind}")

@@ -1,0 +1,49 @@
+"""What autograd keeps in a forward pass of the student, counted storage by storage, against the formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nexus_ray.config import ModelSection
+from nexus_ray.modeling.loading import load_student
+from nexus_ray.planning.activations import Workload, attention_scores, saved_for_backward
+from nexus_ray.planning.sizes import read_sizes
+
+
+@pytest.mark.parametrize("experts", ["packed", "grouped_mm", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("sequences", "length"), [(2, 64), (1, 200)])
+def test_saved_activations(
+    micro_model: Path,
+    micro_overlay: Path,
+    saved_bytes: Callable[..., int],
+    experts: str,
+    dtype: torch.dtype,
+    sequences: int,
+    length: int,
+) -> None:
+    kind = str(dtype).removeprefix("torch.")
+    section = ModelSection.model_validate({"path": micro_model, "experts": experts, "dtype": kind, "device": "cpu"})
+    student = load_student(section, micro_overlay)
+    assert student.shared_experts is not None
+    for name, parameter in student.shared_experts.named_parameters():
+        parameter.requires_grad_(not name.endswith("scale"))
+    ids = torch.randint(0, 4000, (sequences, length))
+
+    def forward() -> tuple[Tensor, ...]:
+        return student.forward(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    work = Workload(sequences, length, dtype.itemsize, experts, width=64, token_gate=True, learn_scale=False)
+    planned = saved_for_backward(read_sizes(micro_model), work)
+    assert planned == pytest.approx(saved_bytes(forward, student.model), rel=0.15)
+
+
+def test_attention_scores_grow_with_the_square_of_the_length(micro_model: Path) -> None:
+    sizes = read_sizes(micro_model)
+    work = [Workload(3, length, 2, "packed", 64, token_gate=False, learn_scale=False) for length in (100, 200)]
+    assert [attention_scores(sizes, each) for each in work] == [3 * 2 * n * (n + 1) * 2 for n in (100, 200)]

@@ -1,0 +1,167 @@
+"""The plan as a whole: verdicts, the change that helps, storage, the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nexus_ray.cli import run_command
+from nexus_ray.config import Config, load_config
+from nexus_ray.planning.machine import Machine
+from nexus_ray.planning.memory import Worker, kv_cache_bytes, stage_needs, training_needs
+from nexus_ray.planning.needs import GIB
+from nexus_ray.planning.plan import Plan, judge, make_plan
+from nexus_ray.planning.sizes import read_sizes
+from nexus_ray.planning.storage import target_bytes_per_token
+
+STAGES = ["collect", "convert", "precompute", "train", "evaluate", "serve"]
+Machines = Callable[..., Machine]
+MakeConfig = Callable[..., Config]
+
+
+def _verdicts(plan: Plan) -> dict[str, bool]:
+    return {stage.needs.stage: stage.fits for stage in plan.stages}
+
+
+def test_a_small_run_fits(micro_config: MakeConfig, machine: Machines, tmp_path: Path) -> None:
+    plan = make_plan(micro_config(tmp_path), machine())
+    assert _verdicts(plan) == dict.fromkeys(STAGES, True)
+    assert plan.fits
+    assert not any(stage.problem for stage in plan.stages)
+
+
+def test_online_training_has_no_precompute(micro_config: MakeConfig, machine: Machines, tmp_path: Path) -> None:
+    plan = make_plan(micro_config(tmp_path, **{"train.mode": "online"}), machine())
+    assert [stage.needs.stage for stage in plan.stages] == [name for name in STAGES if name != "precompute"]
+
+
+def test_a_change_that_helps_is_found_and_helps(micro_config: MakeConfig, machine: Machines, tmp_path: Path) -> None:
+    settings = {"train.sources.play.sequences_per_step": 4096, "train.micro_batch_sequences": 4096}
+    settings["resources.workers"] = 1
+    small = machine(memory=4)
+    train = {stage.needs.stage: stage for stage in make_plan(micro_config(tmp_path, **settings), small).stages}["train"]
+    assert not train.fits
+    assert "memory" in train.problem
+    assert train.change
+    changed = settings | {change.split("=")[0]: json.loads(change.split("=")[1]) for change in train.change}
+    assert _verdicts(make_plan(micro_config(tmp_path, **changed), small))["train"]
+
+
+def test_missing_gpus_are_counted(micro_config: MakeConfig, machine: Machines, tmp_path: Path) -> None:
+    config = micro_config(tmp_path, **{"resources.workers": 2, "resources.gpus_per_worker": 1})
+    without, one, two = (make_plan(config, machine(gpus=gpus)) for gpus in [(), (80.0,), (80.0, 80.0)])
+    problems = [{stage.needs.stage: stage.problem for stage in plan.stages} for plan in (without, one)]
+    assert problems[0]["train"].endswith("2 in all; this machine has 0")
+    assert problems[1]["train"].endswith("2 in all; this machine has 1")
+    assert problems[0]["convert"] == ""  # on the CPU
+    assert two.fits
+
+
+def test_a_model_too_large_for_a_gpu_is_spread(micro_config: MakeConfig, machine: Machines, tmp_path: Path) -> None:
+    settings = {"resources.workers": 1, "resources.gpus_per_worker": 1}
+    whole = {s.needs.stage: s for s in make_plan(micro_config(tmp_path, **settings), machine(gpus=(80.0,))).stages}
+    need = whole["train"].peak.total / GIB
+    spread = make_plan(
+        micro_config(tmp_path, **settings | {"resources.gpus_per_worker": 2}), machine(gpus=(80.0, 80.0))
+    )
+    assert {s.needs.stage: s for s in spread.stages}["train"].peak.total < whole["train"].peak.total
+    lacking = make_plan(micro_config(tmp_path, **settings), machine(gpus=(0.9 * need,)))
+    assert "GiB of each GPU" in {s.needs.stage: s.problem for s in lacking.stages}["train"]
+
+
+def test_a_full_disk_is_seen(micro_config: MakeConfig, machine: Machines, tmp_path: Path) -> None:
+    plan = make_plan(micro_config(tmp_path), machine(disk=0.0001))
+    assert not plan.storage_fits
+    assert not plan.fits
+
+
+def test_a_base_larger_than_memory_is_a_warning(
+    micro_config: MakeConfig, machine: Machines, micro_model: Path, tmp_path: Path
+) -> None:
+    config = micro_config(tmp_path, **{"resources.workers": 1})
+    worker = Worker.of(config, dataclasses.replace(read_sizes(micro_model), packed_bytes=40 * GIB))
+    needs = worker.stage("train", 1, *training_needs(worker).phases)
+    assert judge(needs, machine(memory=24)).fits
+    assert "read from disk again" in judge(needs, machine(memory=24)).problem
+    assert judge(needs, machine(memory=48)).problem == ""
+
+
+@pytest.mark.parametrize("field", ["data.sequence_length", "train.micro_batch_sequences", "targets.batch_sequences"])
+def test_more_work_takes_no_less(micro_config: MakeConfig, micro_model: Path, tmp_path: Path, field: str) -> None:
+    def total(value: int) -> int:
+        config = micro_config(tmp_path, **{"train.sources.play.sequences_per_step": 64, field: value})
+        return sum(stage.peak.total for stage in stage_needs(config, read_sizes(micro_model), {}))
+
+    assert total(8) < total(12) < total(24)
+
+
+def test_kv_cache_of_the_published_shape(micro_model: Path) -> None:
+    """GPT-OSS 20B: 8 heads of 64, 24 layers, every other one with a window of 128; bfloat16."""
+    dimensions = dataclasses.replace(read_sizes(micro_model).dimensions, layers=24)
+    shape = {"key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "sliding_layers": 12}
+    sizes = dataclasses.replace(read_sizes(micro_model), dimensions=dimensions, **shape)
+    assert kv_cache_bytes(sizes, 100, 2) == 2 * 8 * 64 * 24 * 100 * 2
+    assert kv_cache_bytes(sizes, 1000, 2) == 2 * 8 * 64 * (12 * 1000 + 12 * 128) * 2
+
+
+def test_target_bytes_a_token(micro_config: MakeConfig, micro_model: Path, tmp_path: Path) -> None:
+    """An id; 16 kept ids with float16 log-probabilities and a float32 tail; 2 layers of 8 float16 router values."""
+    settings = {"train.sources.prose": {"sequences_per_step": 4, "output_kl": 1.0, "router_kl": 1.0}}
+    config = micro_config(tmp_path, **settings)
+    sizes = read_sizes(micro_model)
+    assert target_bytes_per_token(config, sizes, "prose") == 4 + 16 * (4 + 2) + 4 + 2 * 8 * 2
+    assert target_bytes_per_token(config, sizes, "play") == 4
+
+
+def test_workers_hold_ddp_buckets(micro_config: MakeConfig, micro_model: Path, tmp_path: Path) -> None:
+    def parts(workers: int) -> set[str]:
+        config = micro_config(tmp_path, **{"resources.workers": workers})
+        train = {each.stage: each for each in stage_needs(config, read_sizes(micro_model), {})}["train"]
+        return {part.name for phase in train.phases for part in phase.parts}
+
+    assert parts(2) - parts(1) == {"DDP buckets"}
+
+
+def test_the_command_as_json_and_as_tables(
+    micro_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(json.loads(micro_config(tmp_path / "run").model_dump_json())))
+    assert run_command(["plan", str(path), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert list(plan["stages"]) == STAGES
+    for stage in plan["stages"].values():
+        assert sum(part["size"] for part in stage["parts"]) == stage["worker_peak_bytes"]
+    assert plan["storage"]["total"] == sum(size for name, size in plan["storage"].items() if name != "total")
+    assert run_command(["plan", str(path), "resources.gpus_per_worker=8"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "train: takes GPUs with" in text
+    assert "in all; this machine has" in text
+
+
+def test_planning_starts_no_ray_and_reads_no_weights(micro_config: MakeConfig, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(json.loads(micro_config(tmp_path / "run").model_dump_json())))
+    program = (
+        "import sys; from nexus_ray.cli import run_command; "
+        f"assert run_command(['plan', {str(path)!r}, '--json']) == 0; "
+        "sys.exit([name for name in ('ray', 'transformers') if name in sys.modules].__repr__())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "[]"
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_example_configurations_can_be_planned(micro_model: Path, machine: Machines) -> None:
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
+        if path.name.startswith(("gpt", "demo")):
+            config = load_config(path, [f"model.path={micro_model}"])
+            assert Worker.of(config, read_sizes(micro_model)).weights.own >= 0
+            assert make_plan(config, machine(gpus=(80.0,) * 16)).as_dict()["fits"] in (True, False)
