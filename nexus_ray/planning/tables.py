@@ -15,8 +15,7 @@ from nexus_ray.planning.plan import Plan, StageVerdict
 
 def show_plan(plan: Plan) -> RenderableType:
     """Memory by stage and by part, what to change, storage and tokens."""
-    blocks = [_parts(plan), _stages(plan), *_problems(plan), _storage(plan), *_tokens(plan)]
-    return Group(*blocks)
+    return Group(_parts(plan), _stages(plan), *_problems(plan), _storage(plan), *_tokens(plan))
 
 
 def size_text(size: int) -> str:
