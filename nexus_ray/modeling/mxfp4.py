@@ -11,6 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
+from nexus_ray.modeling.buffers import fresh
+
 BLOCK = 32
 BLOCK_BYTES = BLOCK // 2
 NAN_SCALE = 255
@@ -55,7 +57,7 @@ def dequantise(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.float3
     """
     shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK)
     if out is None:
-        out = torch.empty(shape, dtype=dtype, device=blocks.device)
+        out = fresh(shape, dtype, blocks.device)
     table = _word_table(dtype, blocks.device)
     words = blocks.reshape(-1).view(torch.uint16)
     found = out.view(-1).view(table.dtype)

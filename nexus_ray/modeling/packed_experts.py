@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_ray.families import MoeDimensions
+from nexus_ray.modeling.buffers import fresh
 from nexus_ray.modeling.mxfp4 import BLOCK, BLOCK_BYTES, dequantise
 
 Activation = Callable[[Tensor, Tensor], Tensor]
@@ -45,7 +46,7 @@ def _scratch(name: str, rows: int, columns: int, dtype: torch.dtype, device: tor
     key = (name, rows, columns, dtype, device)
     if key not in buffers:
         with torch.inference_mode(False):  # memory made in inference mode could not be used in training
-            buffers[key] = torch.empty(rows, columns, dtype=dtype, device=device)
+            buffers[key] = fresh((rows, columns), dtype, device)
     return buffers[key]
 
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from nexus_ray.checkpoints.reader import CheckpointReader
 from nexus_ray.errors import ModelError
 from nexus_ray.families import MoeFamily
+from nexus_ray.modeling.buffers import fresh
 from nexus_ray.modeling.mxfp4 import BLOCK, BLOCK_BYTES, NAN_SCALE, dequantise
 from nexus_ray.modeling.packed_experts import PackedExperts
 from nexus_ray.modeling.placement import follow_devices, split_layers
@@ -160,7 +161,7 @@ def _read_dequantised(reader: CheckpointReader, name: str, parameter: Tensor, dt
             raise ModelError(
                 f"{reader.directory}: {part} is {reader.shape(part)}, but config.json describes {expected}", _INCOMPLETE
             )
-    weights = torch.empty(parameter.shape, dtype=dtype)
+    weights = fresh(parameter.shape, dtype)
     scratch = torch.empty(rows, columns, dtype=dtype)
     for expert in range(experts):
         scales = reader.read_slice(f"{name}_scales", expert)
