@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.checkpoints.overlay import OverlayConfig, OverlayWriter
 from nexus_ray.checkpoints.reader import read_model_config
-from nexus_ray.cluster import configure_torch
+from nexus_ray.cluster import set_worker_threads
 from nexus_ray.config import Config, load_config
 from nexus_ray.families import family_of
 from nexus_ray.modeling.loading import LoadedModel, load_student
@@ -45,7 +45,7 @@ class WorkerSteps:
     """
 
     def __init__(self, config: Config, overlay: Path) -> None:
-        configure_torch(config.resources)
+        set_worker_threads(config.resources)
         self.config = config
         self.student: LoadedModel = load_student(config.model, overlay)
         assert self.student.shared_experts is not None

@@ -19,8 +19,9 @@ from _common import MemoryPeak, command_line, print_result
 from _worker_step import CHECKPOINTS, WorkerSteps, make_overlay, true_shape_config
 
 from nexus_ray.config import Config, load_config
-from nexus_ray.planning.memory import Worker, training_needs
 from nexus_ray.planning.sizes import read_sizes
+from nexus_ray.planning.training import training_needs
+from nexus_ray.planning.worker import Worker
 
 _ROOT = Path(__file__).parents[1]
 _TINY = "tiny"

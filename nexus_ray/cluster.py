@@ -16,8 +16,6 @@ from nexus_ray.console import progress
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
 
 logger = logging.getLogger(__name__)
-_SHAPE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # of oneDNN, and of torch's binding to it
-_SHAPES_KEPT = 64
 
 
 def ensure_ray() -> None:
@@ -118,15 +116,8 @@ def _quiet_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def configure_torch(resources: ResourcesSection) -> None:
-    """Set up torch in a worker, before it computes anything: threads, and the memory of its CPU kernels.
-
-    It gets as many threads as the worker has CPUs, so that results do not depend on the machine's core count. oneDNN
-    keeps compiled code and buffers for each of the last 1024 shapes of a product, and the number of tokens that an
-    expert gets makes nearly every product's shape new: a worker of the demo grew by 1 GB. 64 shapes are as fast.
-    """
-    for variable in _SHAPE_CACHES:
-        os.environ.setdefault(variable, str(_SHAPES_KEPT))
+def set_worker_threads(resources: ResourcesSection) -> None:
+    """Give torch as many threads as the worker has CPUs: results must not depend on the machine's core count."""
     import torch
 
     torch.set_num_threads(resources.cpus_per_worker)

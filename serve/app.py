@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from nexus_ray.cluster import actor_options, configure_torch, ensure_ray
+from nexus_ray.cluster import actor_options, ensure_ray, set_worker_threads
 from nexus_ray.config import Config, Section, load_config
 from nexus_ray.errors import ConfigError, NexusError
 from nexus_ray.generation.engine import Engine, load_served_model, require_overlay
@@ -45,7 +45,7 @@ class ChatReplica:
     """One loaded model and its HTTP interface."""
 
     def __init__(self, config: Config, overlay: Path) -> None:
-        configure_torch(config.resources)
+        set_worker_threads(config.resources)
         engine = Engine.of(load_served_model(config, overlay), config)
         self._service = Service(engine, student_name(config))
 

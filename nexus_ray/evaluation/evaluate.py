@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nexus_ray.cluster import configure_torch, map_over_pool
+from nexus_ray.cluster import map_over_pool, set_worker_threads
 from nexus_ray.config import Config, EvaluateSection
 from nexus_ray.data.packing import Batch, batches, pack_shard, token_byte_lengths
 from nexus_ray.data.sources import Shard, list_shards
@@ -98,7 +98,7 @@ class PairedScorer:
     def __init__(self, config: Config, overlay: Path) -> None:
         from nexus_ray.modeling.loading import load_student
 
-        configure_torch(config.resources)
+        set_worker_threads(config.resources)
         self.config = config
         self.student = load_student(config.model, overlay)
         self.byte_lengths = token_byte_lengths(self.student.tokenizer)

@@ -92,7 +92,11 @@ class MoeFamily(Protocol):
     """What differs between MoE architectures; a family inherits from it."""
 
     def dimensions(self, config: dict[str, Any]) -> MoeDimensions:
-        """Sizes from `config.json`."""
+        """Sizes from `config.json`.
+
+        Raises:
+            ModelError: a field is missing or not a number.
+        """
         ...
 
     def layers(self, model: nn.Module) -> list[nn.Module]:

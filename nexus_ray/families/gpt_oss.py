@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_ray.checkpoints.reader import CheckpointReader
+from nexus_ray.errors import ModelError
 from nexus_ray.families.base import ExpertParts, MoeDimensions, MoeFamily, StoredPart
 from nexus_ray.modeling.mxfp4 import BLOCK, dequantise
 
@@ -25,13 +26,16 @@ class GptOss(MoeFamily):
 
     def dimensions(self, config: dict[str, Any]) -> MoeDimensions:
         """Sizes from `config.json`."""
-        return MoeDimensions(
-            layers=config["num_hidden_layers"],
-            experts=config["num_local_experts"],
-            experts_per_token=config["num_experts_per_tok"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-        )
+        try:
+            return MoeDimensions(
+                layers=int(config["num_hidden_layers"]),
+                experts=int(config["num_local_experts"]),
+                experts_per_token=int(config["num_experts_per_tok"]),
+                hidden_size=int(config["hidden_size"]),
+                intermediate_size=int(config["intermediate_size"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"model.path: config.json lacks or garbles {error}", "download it again") from error
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """`model.layers.N`."""

@@ -94,4 +94,6 @@ class Scorer:
                 raise InterruptedError("abandoned")
             logits, _ = self._loaded.forward_batch(batch)
             size = target_bytes(batch, self._byte_lengths).sum()
-            yield float(sequence_nats(logits, batch).sum()), int(batch.is_target.sum()), int(size)
+            nats = float(sequence_nats(logits, batch).sum())
+            del logits  # not beside the next batch's
+            yield nats, int(batch.is_target.sum()), int(size)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_ray.families import MoeDimensions
-from nexus_ray.modeling.buffers import fresh
+from nexus_ray.modeling.memory import fresh
 from nexus_ray.modeling.mxfp4 import BLOCK, BLOCK_BYTES, dequantise
 
 Activation = Callable[[Tensor, Tensor], Tensor]

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from nexus_ray.checkpoints.reader import CheckpointReader
 from nexus_ray.errors import ModelError
 from nexus_ray.families import MoeFamily
-from nexus_ray.modeling.buffers import fresh
+from nexus_ray.modeling.memory import fresh
 from nexus_ray.modeling.mxfp4 import BLOCK, BLOCK_BYTES, NAN_SCALE, dequantise
 from nexus_ray.modeling.packed_experts import PackedExperts
 from nexus_ray.modeling.placement import follow_devices, split_layers

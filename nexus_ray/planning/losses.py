@@ -82,6 +82,14 @@ def loss_buffers(
     return LossBuffers(saved, forward, max(backward, gradient), max(batch.values()) * unit)
 
 
+def validation_units(config: Config, *, cast: bool) -> int:
+    """Units of the source whose losses take most in validation, which also forms each source's cross-entropy."""
+    online = config.train.mode == "online"
+    sections = config.train.sources.values()
+    needs = [source_units(section, online=online, cast=cast) for section in sections]
+    return max(2, *(saved + forward for saved, forward, _ in needs))
+
+
 def online_teacher(batch: Mapping[str, int], config: Config, *, vocabulary: int, itemsize: int, length: int) -> int:
     """Bytes of the teacher's logits that an online micro-batch keeps."""
     if config.train.mode != "online":

@@ -72,6 +72,7 @@ class StageNeeds:
         phases: what one device (the host's memory on a CPU) of one worker holds at different times.
         mapped: bytes of mapped files; the workers of a node share them and the kernel may drop them.
         host: anonymous host memory of a worker whose model is on a GPU.
+        sharing: workers that share one GPU.
     """
 
     stage: str
@@ -81,6 +82,7 @@ class StageNeeds:
     phases: tuple[Phase, ...]
     mapped: int = 0
     host: int = 0
+    sharing: int = 1
 
     @property
     def peak(self) -> Phase:

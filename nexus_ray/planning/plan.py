@@ -6,16 +6,18 @@ It reads `config.json`, file headers, file sizes and a small sample of the text;
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from math import ceil
 from typing import Any
 
 from nexus_ray.config import Config
 from nexus_ray.planning.machine import Machine, this_machine
-from nexus_ray.planning.memory import Worker, stage_needs
+from nexus_ray.planning.stages import stage_needs
 from nexus_ray.planning.needs import GIB, MIB, Part, Phase, StageNeeds
 from nexus_ray.planning.sizes import ModelSizes, read_sizes
 from nexus_ray.planning.storage import storage_parts
 from nexus_ray.planning.text import SourceText, measure_text
+from nexus_ray.planning.worker import Worker
 
 # Anonymous memory of the driver, Ray's controllers and daemons, measured beside the demo's workers.
 NODE_PROCESSES = 1000 * MIB
@@ -131,20 +133,28 @@ def judge(needs: StageNeeds, machine: Machine) -> StageVerdict:
     missing = _missing(needs, peak, node, machine)
     if missing:
         return StageVerdict(needs, peak, node, False, missing)
-    slow = needs.mapped and node + needs.mapped > machine.memory
-    problem = "fits, but the base does not stay in memory and is read from disk again and again" if slow else ""
-    return StageVerdict(needs, peak, node, True, problem)
+    return StageVerdict(needs, peak, node, True, _caution(needs, node, machine))
+
+
+def _caution(needs: StageNeeds, node: int, machine: Machine) -> str:
+    """What will go badly although it fits; empty when nothing."""
+    if machine.available is not None and node > machine.available:
+        return f"fits, but only {machine.available / GIB:.1f} GiB of memory are free at the moment"
+    if needs.mapped and node + needs.mapped > machine.memory:
+        return "fits, but the base does not stay in memory and is read from disk again and again"
+    return ""
 
 
 def _missing(needs: StageNeeds, peak: Phase, node: int, machine: Machine) -> str:
     """What the machine lacks; empty when nothing."""
     if needs.device == "cuda":
-        wanted = needs.processes * needs.devices
+        wanted = ceil(needs.processes / needs.sharing) * needs.devices
+        each = peak.total * min(needs.sharing, needs.processes)
         if len(machine.gpus) < wanted:
-            size = f"{peak.total / GIB:.1f} GiB"
+            size = f"{each / GIB:.1f} GiB"
             return f"takes GPUs with {size} each, {wanted} in all; this machine has {len(machine.gpus)}"
-        if peak.total > min(machine.gpus):
-            return f"takes {peak.total / GIB:.1f} GiB of each GPU, they have {min(machine.gpus) / GIB:.1f} GiB"
+        if each > min(machine.gpus):
+            return f"takes {each / GIB:.1f} GiB of each GPU, they have {min(machine.gpus) / GIB:.1f} GiB"
     usable = int(machine.memory * _USABLE)
     if node > usable:
         return f"takes {node / GIB:.1f} GiB of memory, usable are {usable / GIB:.1f} GiB"
@@ -158,14 +168,22 @@ def _with_change(
     if verdict.fits:
         return verdict
     stage, changes = verdict.needs.stage, dict[str, Any]()
+
+    def fits(settings: dict[str, Any]) -> bool:
+        needs = {each.stage: each for each in stage_needs(_replace(config, settings), sizes, text)}
+        return stage not in needs or judge(needs[stage], machine).fits
+
     for field, value in _candidates(config, stage, verdict.needs):
         changes[field] = value
-        changed = _replace(config, changes)
-        needs = {each.stage: each for each in stage_needs(changed, sizes, text)}
-        if stage not in needs or judge(needs[stage], machine).fits:
-            overrides = tuple(f"{name}={value}" for name, value in changes.items())
-            return StageVerdict(verdict.needs, verdict.peak, verdict.node, False, verdict.problem, overrides)
-    return verdict
+        if fits(changes):
+            break
+    else:
+        return verdict
+    for field in list(changes):  # those that another one makes needless
+        fewer = {name: value for name, value in changes.items() if name != field}
+        if fits(fewer):
+            changes = fewer
+    return replace(verdict, change=tuple(f"{name}={value}" for name, value in changes.items()))
 
 
 def _candidates(config: Config, stage: str, needs: StageNeeds) -> Iterator[tuple[str, Any]]:

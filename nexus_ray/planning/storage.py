@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 
 from nexus_ray.config import Config
 from nexus_ray.planning.needs import Part
@@ -41,11 +42,15 @@ def checkpoint_bytes(overlay: OverlaySize) -> int:
     return 3 * overlay.trained * _FLOAT32
 
 
-def router_statistics_bytes(config: Config, sizes: ModelSizes) -> int:
-    """Moments of every source in two halves: a covariance and a few vectors a layer, in float64."""
+def _moments_bytes(sizes: ModelSizes) -> int:
+    """Router moments of one source or shard, in two halves: a covariance and a few vectors a layer, in float64."""
     experts = sizes.dimensions.experts
-    per_layer = (experts * experts + 4 * experts) * _FLOAT64
-    return len(config.data.sources) * _HALVES * sizes.dimensions.layers * per_layer
+    return _HALVES * sizes.dimensions.layers * (experts * experts + 4 * experts) * _FLOAT64
+
+
+def _sequences_collected(config: Config) -> int:
+    """Of each source; a shard gives at least one."""
+    return ceil(config.collect.tokens_per_source / config.data.sequence_length)
 
 
 def storage_parts(
@@ -54,8 +59,10 @@ def storage_parts(
     """What the run directory holds at its fullest."""
     checkpoint, keep = checkpoint_bytes(overlay), config.train.keep_checkpoints
     tokens = sum(source.tokens for source in text.values())
+    shards = sum(min(source.shards, _sequences_collected(config)) for source in text.values())
     return (
-        Part("router statistics", router_statistics_bytes(config, sizes)),
+        Part("router statistics", len(config.data.sources) * _moments_bytes(sizes)),
+        Part("statistics of shards", shards * _moments_bytes(sizes), f"of {shards:,} shards, while they are collected"),
         Part("overlays", 2 * overlay.stored_bytes, f"initial and trained, {config.convert.dtype}"),
         Part("targets", target_bytes(config, sizes, text), f"about {tokens:,} tokens, before compression"),
         Part("recovery checkpoints", (keep + 1) * checkpoint, f"{keep} kept, one more while it is written"),

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from nexus_ray.config import Config
 from nexus_ray.data.sources import Shard, list_shards, read_documents
-from nexus_ray.errors import DataError
+from nexus_ray.errors import DataError, ModelError
 
 logger = logging.getLogger(__name__)
 _SAMPLE_CHARACTERS = 100_000
@@ -45,11 +45,12 @@ def measure_text(config: Config) -> dict[str, SourceText]:
     for name in config.train.sources:
         try:
             shards = list_shards(config.data, "train", (name,))
+            ratio = _tokens_per_byte(shards[0], tokenizer)
         except DataError as error:
             logger.warning("%s: its targets are not planned for", error.message)
             continue
         size = sum(_file_size(path) for path in {shard.path for shard in shards})
-        found[name] = SourceText(size, len(shards), int(size * _tokens_per_byte(shards[0], tokenizer)))
+        found[name] = SourceText(size, len(shards), int(size * ratio))
     return found
 
 
@@ -60,18 +61,32 @@ def _file_size(path: str) -> int:
 
 def _tokenizer(model: Path) -> Tokenizer | None:
     path = model / "tokenizer.json"
-    return Tokenizer.from_file(str(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises this class itself
+        raise ModelError(f"model.path: {path} cannot be read: {error}", "download it again") from error
 
 
 def _tokens_per_byte(shard: Shard, tokenizer: Tokenizer | None) -> float:
-    """Tokens a byte of text of the first documents of a shard."""
-    if tokenizer is None:
-        return _USUAL_TOKENS_PER_BYTE
+    """Tokens a byte of file, from the first documents of a shard."""
     texts = [_text(document.text, document.messages) for document in islice(read_documents(shard), _SAMPLE_DOCUMENTS)]
-    sample = " ".join(texts)[:_SAMPLE_CHARACTERS]
-    if not sample:
+    text = "".join(texts)
+    sample = text[:_SAMPLE_CHARACTERS]
+    if tokenizer is None or not sample:
         return _USUAL_TOKENS_PER_BYTE
-    return len(tokenizer.encode(sample, add_special_tokens=False).ids) / len(sample.encode())
+    per_text_byte = len(tokenizer.encode(sample, add_special_tokens=False).ids) / len(sample.encode())
+    return per_text_byte * _share_of_text(shard, len(texts), len(text.encode()))
+
+
+def _share_of_text(shard: Shard, documents: int, text_bytes: int) -> float:
+    """Bytes of text a byte of file: below 1 for lines of JSON, which hold names, quotes and escapes too."""
+    if not shard.path.endswith(".jsonl"):
+        return 1.0
+    with fsspec.open(shard.path, "rb") as file:
+        lines = (line for line in file if line.strip())
+        return text_bytes / sum(len(line) for line in islice(lines, documents))
 
 
 def _text(text: str | None, messages: tuple[dict[str, object], ...] | None) -> str:

@@ -47,8 +47,10 @@ class OverlaySize:
 
 
 def compute_device(config: Config) -> Device:
-    """Where the model will be: on a GPU when workers get one, unless the configuration says CPU."""
-    return "cuda" if config.resources.gpus_per_worker > 0 and config.model.device != "cpu" else "cpu"
+    """Where the model will be: on a GPU when workers get one, unless the configuration says otherwise."""
+    if config.model.device != "auto":
+        return config.model.device
+    return "cuda" if config.resources.gpus_per_worker > 0 else "cpu"
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -105,9 +107,9 @@ def overlay_width(sizes: ModelSizes, config: Config) -> int:
     return config.convert.width or sizes.dimensions.intermediate_size
 
 
-def overlay_part(size: OverlaySize) -> Part:
-    """The shared experts in memory: float32 masters."""
-    return Part("shared experts", size.parameters * _FLOAT32, f"{size.parameters:,} parameters, float32")
+def overlay_part(size: OverlaySize, devices: int = 1) -> Part:
+    """The shared experts in memory, or one device's share of them: float32 masters."""
+    return Part("shared experts", size.parameters * _FLOAT32 // devices, f"{size.parameters:,} parameters, float32")
 
 
 def base_part(sizes: ModelSizes, weights: BaseWeights, *, packed: bool, dtype: torch.dtype, devices: int = 1) -> Part:

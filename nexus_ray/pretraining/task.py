@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GptOssForCausalLM, PreTrainedTokenizerBase
 
-from nexus_ray.cluster import configure_torch
+from nexus_ray.cluster import set_worker_threads
 from nexus_ray.config import PretrainRun
 from nexus_ray.data.packing import separator_id
 from nexus_ray.layout import RunLayout
+from nexus_ray.modeling.memory import bound_shape_caches
 from nexus_ray.pretraining.model import build_config, new_model
 from nexus_ray.targets.reader import TargetSet
 from nexus_ray.training import trainer
@@ -44,7 +45,8 @@ class PretrainTask:
     """Pretraining on one worker."""
 
     def __init__(self, run: PretrainRun) -> None:
-        configure_torch(run.resources)
+        set_worker_threads(run.resources)
+        bound_shape_caches()
         section = run.pretrain
         self.section = section
         self.device = trainer.devices()[0]

@@ -21,7 +21,7 @@ import numpy as np
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.checkpoints.reader import read_model_config
-from nexus_ray.cluster import configure_torch, map_over_pool
+from nexus_ray.cluster import map_over_pool, set_worker_threads
 from nexus_ray.config import Config
 from nexus_ray.data.packing import Batch, batches, pack_shard
 from nexus_ray.data.sources import Shard, list_shards
@@ -109,7 +109,7 @@ class ShardCollector:
     """Actor that runs the base over the first sequences of a shard and writes the moments of its routers."""
 
     def __init__(self, config: Config, parts: Parts) -> None:
-        configure_torch(config.resources)
+        set_worker_threads(config.resources)
         self.config = config
         self.parts = parts
         self.base = load_base(config.model)

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
-from nexus_ray.cluster import configure_torch, map_over_pool
+from nexus_ray.cluster import map_over_pool, set_worker_threads
 from nexus_ray.config import Config, DataSection, ModelSection, ResourcesSection, TargetsSection
 from nexus_ray.data.packing import Batch, batches, pack_shard
 from nexus_ray.data.sources import Shard, list_shards
@@ -127,7 +127,7 @@ class ShardWriter:
     def __init__(self, job: PrecomputeJob, parts: Parts, resources: ResourcesSection) -> None:
         from nexus_ray.modeling.loading import load_base
 
-        configure_torch(resources)
+        set_worker_threads(resources)
         self.job = job
         self.parts = parts
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(job.tokenizer)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nexus_ray.checkpoints.overlay import OverlayConfig, load_overlay, load_overlay_config, save_overlay
 from nexus_ray.checkpoints.reader import read_model_config
-from nexus_ray.cluster import configure_torch
+from nexus_ray.cluster import set_worker_threads
 from nexus_ray.config import Config
 from nexus_ray.errors import ArtefactError, ConfigError, DataError
 from nexus_ray.families import family_of
@@ -112,7 +112,7 @@ class DistilTask:
     """Distillation on one worker."""
 
     def __init__(self, config: Config, layout: RunLayout) -> None:
-        configure_torch(config.resources)
+        set_worker_threads(config.resources)
         torch.manual_seed(config.run.seed)
         self.train = config.train
         self.student = load_student(config.model, layout.initial_overlay, trainer.devices())

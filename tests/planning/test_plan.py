@@ -15,11 +15,13 @@ import yaml
 from nexus_ray.cli import run_command
 from nexus_ray.config import Config, load_config
 from nexus_ray.planning.machine import Machine
-from nexus_ray.planning.memory import Worker, kv_cache_bytes, stage_needs, training_needs
+from nexus_ray.planning.stages import kv_cache_bytes, stage_needs
 from nexus_ray.planning.needs import GIB
 from nexus_ray.planning.plan import Plan, judge, make_plan
 from nexus_ray.planning.sizes import read_sizes
 from nexus_ray.planning.storage import target_bytes_per_token
+from nexus_ray.planning.training import training_needs
+from nexus_ray.planning.worker import Worker
 
 STAGES = ["collect", "convert", "precompute", "train", "evaluate", "serve"]
 Machines = Callable[..., Machine]

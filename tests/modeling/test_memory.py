@@ -8,7 +8,7 @@ import mmap
 import pytest
 import torch
 
-from nexus_ray.modeling.buffers import fresh
+from nexus_ray.modeling.memory import fresh
 
 _ROWS, _COLUMNS = 3000, 4000
 

@@ -1,0 +1,86 @@
+"""Memory of every stage by formula: what one worker holds at the worst moment, and what the node shares.
+
+Each function names the tensors that are alive together, in the order of the code that it plans for. Measured
+constants say how they were measured. `benchmarks/plan_accuracy.py` compares these figures with measured peaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from nexus_ray.config import Config
+from nexus_ray.planning.conversion import convert_needs
+from nexus_ray.planning.needs import Part, Phase, StageNeeds, phase
+from nexus_ray.planning.sizes import ModelSizes
+from nexus_ray.planning.storage import target_bytes_per_token
+from nexus_ray.planning.text import SourceText
+from nexus_ray.planning.training import training_needs
+from nexus_ray.planning.worker import FLOAT32, Worker, vocabulary_part
+
+_SHARD_COPIES = 2  # of a shard's targets while they are written
+
+
+def stage_needs(config: Config, sizes: ModelSizes, text: Mapping[str, SourceText]) -> list[StageNeeds]:
+    """Memory of every stage that loads the model or writes its weights, in order."""
+    worker = Worker.of(config, sizes, text)
+    workers, overlay = config.resources.workers, worker.overlay_loading()
+    stages = [
+        worker.stage("collect", workers, *_inference(worker, config.collect.batch_sequences, student=False)),
+        convert_needs(worker),
+        worker.stage("precompute", workers, *_precompute(worker)),
+        training_needs(worker),
+        worker.stage(
+            "evaluate", workers, *_inference(worker, config.evaluate.batch_sequences, student=True), host=overlay
+        ),
+        worker.stage("serve", config.serve.replicas, *_serving(worker), host=overlay),
+    ]
+    return [stage for stage in stages if stage.phases]
+
+
+def _inference(worker: Worker, sequences: int, *, student: bool) -> list[Phase]:
+    """The layers at work, then logits in the compute type and in float32."""
+    fixed = (*worker.fixed(), worker.shared_experts()) if student else worker.fixed()
+    single, cast = worker.logits(sequences, itemsize=FLOAT32), worker.logits(sequences)
+    both = vocabulary_part("logits", single, note="float32")
+    own = vocabulary_part("logits, own type", cast if worker.dtype != torch.float32 else 0)
+    return [phase("layers", *fixed, worker.forward(sequences)), phase("logits", *fixed, both, own)]
+
+
+def _precompute(worker: Worker) -> list[Phase]:
+    """Float32 logits, a copy without the kept tokens and the exponentials of their sum; the targets of a shard."""
+    config = worker.config
+    if config.train.mode == "online":
+        return []
+    sequences = config.targets.batch_sequences
+    logits = worker.logits(sequences, itemsize=FLOAT32)
+    shard = max((_shard_targets(worker, name) for name in worker.text), default=0)
+    rows = Part("targets", _SHARD_COPIES * shard, "of one shard, in lists and as a table")
+    return [
+        phase("layers", *worker.fixed(), rows, worker.forward(sequences)),
+        phase("compression", *worker.fixed(), rows, vocabulary_part("logits", logits, 3, "float32, three copies")),
+    ]
+
+
+def _shard_targets(worker: Worker, source: str) -> int:
+    """Uncompressed bytes of the targets of one shard of a source."""
+    text = worker.text[source]
+    return text.tokens // text.shards * target_bytes_per_token(worker.config, worker.sizes, source)
+
+
+def _serving(worker: Worker) -> list[Phase]:
+    """One request at a time: a prompt of `data.sequence_length` with its answer, or the scoring of a text."""
+    config = worker.config
+    prompt = min(config.data.sequence_length, worker.sizes.context)
+    cache = Part("KV cache", kv_cache_bytes(worker.sizes, prompt + config.serve.max_new_tokens, worker.dtype.itemsize))
+    fixed = (*worker.fixed(), worker.shared_experts())
+    scoring = _inference(worker, config.evaluate.batch_sequences, student=True)
+    return [phase("generating", *fixed, cache, worker.forward(1, prompt)), *scoring]
+
+
+def kv_cache_bytes(sizes: ModelSizes, tokens: int, itemsize: int) -> int:
+    """Keys and values of one sequence; a sliding layer keeps its window only."""
+    window = min(tokens, sizes.sliding_window or tokens)
+    full = sizes.dimensions.layers - sizes.sliding_layers
+    return 2 * sizes.key_value_heads * sizes.head_dim * (full * tokens + sizes.sliding_layers * window) * itemsize
