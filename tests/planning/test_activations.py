@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nexus_ray.config import ModelSection
-from nexus_ray.modeling.loading import load_student
+from nexus_ray.modeling.loading import activation, load_base, load_student
+from nexus_ray.modeling.shared_expert import SharedExperts, SharedExpertShape
 from nexus_ray.planning.activations import Workload, attention_scores, saved_for_backward
 from nexus_ray.planning.sizes import read_sizes
 
 
-@pytest.mark.parametrize("experts", ["packed", "grouped_mm", "eager"])
+@pytest.mark.parametrize("experts", ["packed", "grouped_mm", "eager", "batched_mm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("sequences", "length"), [(2, 64), (1, 200)])
 def test_saved_activations(
@@ -47,3 +48,23 @@ def test_attention_scores_grow_with_the_square_of_the_length(micro_model: Path) 
     sizes = read_sizes(micro_model)
     work = [Workload(3, length, 2, "packed", 64, token_gate=False, learn_scale=False) for length in (100, 200)]
     assert [attention_scores(sizes, each) for each in work] == [3 * 2 * n * (n + 1) * 2 for n in (100, 200)]
+
+
+@pytest.mark.parametrize(("token_gate", "learn_scale"), [(False, False), (False, True), (True, True)])
+def test_saved_by_gate_and_scale(
+    micro_model: Path, saved_bytes: Callable[..., int], token_gate: bool, learn_scale: bool
+) -> None:
+    student = load_base(ModelSection(path=micro_model, device="cpu"))
+    shape = SharedExpertShape(hidden_size=64, width=96, token_gate=token_gate)
+    experts = SharedExperts(2, shape, activation(student.family, student.config))
+    experts.attach(student.family.moe_blocks(student.model))
+    for name, parameter in experts.named_parameters():
+        parameter.requires_grad_(learn_scale or not name.endswith("scale"))
+    ids = torch.randint(0, 4000, (2, 64))
+
+    def forward() -> tuple[Tensor, ...]:
+        return student.forward(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    work = Workload(2, 64, 4, "packed", width=96, token_gate=token_gate, learn_scale=learn_scale)
+    planned = saved_for_backward(read_sizes(micro_model), work)
+    assert planned == pytest.approx(saved_bytes(forward, nn.ModuleList([student.model, experts])), rel=0.1)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from nexus_ray.config import Config
 from nexus_ray.families import ExpertWeights
@@ -27,17 +25,13 @@ def _expert(seed: int) -> ExpertWeights:
     return ExpertWeights(*(torch.randn(shape, generator=generator) for shape in shapes))
 
 
-def _most_allocated(compute: Callable[[], object], directory: Path) -> int:
-    """Bytes of tensors that `compute` holds at its worst moment."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        compute()
-    profiler.export_chrome_trace(str(directory / "trace.json"))
-    events = json.loads((directory / "trace.json").read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
-
-
-def test_aligning_experts(micro_config: Callable[..., Config], micro_model: Path, tmp_path: Path) -> None:
-    measured = _most_allocated(lambda: aligned_mean(_expert(seed) for seed in range(4)), tmp_path)
+def test_aligning_experts(
+    micro_config: Callable[..., Config],
+    micro_model: Path,
+    most_allocated: Callable[[Callable[[], object]], int],
+    tmp_path: Path,
+) -> None:
+    measured = most_allocated(lambda: aligned_mean(_expert(seed) for seed in range(4)))
     sizes = read_sizes(micro_model)
     dimensions = dataclasses.replace(sizes.dimensions, hidden_size=_HIDDEN, intermediate_size=_WIDTH)
     config = micro_config(tmp_path, **{"convert.initialisation": "aligned_top4"})

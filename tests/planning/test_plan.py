@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +13,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nexus_ray.checkpoints.reader import CheckpointReader
 from nexus_ray.cli import run_command
 from nexus_ray.config import Config, load_config
+from nexus_ray.errors import ModelError
 from nexus_ray.planning.machine import Machine
-from nexus_ray.planning.stages import kv_cache_bytes, stage_needs
-from nexus_ray.planning.needs import GIB
+from nexus_ray.planning.needs import GIB, StageNeeds
 from nexus_ray.planning.plan import Plan, judge, make_plan
-from nexus_ray.planning.sizes import read_sizes
+from nexus_ray.planning.sizes import ModelSizes, read_sizes
+from nexus_ray.planning.stages import kv_cache_bytes, stage_needs
 from nexus_ray.planning.storage import target_bytes_per_token
 from nexus_ray.planning.training import training_needs
 from nexus_ray.planning.worker import Worker
@@ -148,7 +151,18 @@ def test_the_command_as_json_and_as_tables(
     assert "in all; this machine has" in text
 
 
-def test_planning_starts_no_ray_and_reads_no_weights(micro_config: MakeConfig, tmp_path: Path) -> None:
+def test_planning_reads_no_weights(
+    micro_config: MakeConfig, machine: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    for name in ("read", "read_slice", "read_rows"):
+        monkeypatch.setattr(CheckpointReader, name, refuse)
+    assert make_plan(micro_config(tmp_path), machine()).fits
+
+
+def test_planning_starts_no_ray(micro_config: MakeConfig, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(json.loads(micro_config(tmp_path / "run").model_dump_json())))
     program = (
@@ -161,9 +175,71 @@ def test_planning_starts_no_ray_and_reads_no_weights(micro_config: MakeConfig, t
     assert not (tmp_path / "run").exists()
 
 
-def test_the_example_configurations_can_be_planned(micro_model: Path, machine: Machines) -> None:
-    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
-        if path.name.startswith(("gpt", "demo")):
-            config = load_config(path, [f"model.path={micro_model}"])
-            assert Worker.of(config, read_sizes(micro_model)).weights.own >= 0
-            assert make_plan(config, machine(gpus=(80.0,) * 16)).as_dict()["fits"] in (True, False)
+@pytest.mark.parametrize("name", ["demo", "gpt-oss-20b", "gpt-oss-120b"])
+def test_the_example_configurations_can_be_planned(micro_model: Path, machine: Machines, name: str) -> None:
+    config = load_config(Path(__file__).parents[2] / "configs" / f"{name}.yaml", [f"model.path={micro_model}"])
+    plan = make_plan(config, machine(gpus=(80.0,) * 4))
+    assert _verdicts(plan) == dict.fromkeys(STAGES, True)
+    devices = {stage.needs.stage: stage.needs.device for stage in plan.stages}
+    assert devices["train"] == ("cpu" if name == "demo" else "cuda")
+    assert devices["convert"] == "cpu"
+
+
+def _train(config: Config, sizes: ModelSizes) -> StageNeeds:
+    return {each.stage: each for each in stage_needs(config, sizes, {})}["train"]
+
+
+def test_workers_may_share_a_gpu(
+    micro_config: MakeConfig, machine: Machines, micro_model: Path, tmp_path: Path
+) -> None:
+    config = micro_config(tmp_path, **{"resources.workers": 2, "resources.gpus_per_worker": 0.5})
+    train = _train(config, read_sizes(micro_model))
+    one = train.peak.total / GIB
+    assert judge(train, machine(gpus=(2.1 * one,))).fits
+    assert "of each GPU" in judge(train, machine(gpus=(1.5 * one,))).problem
+
+
+def test_a_model_on_gpus_takes_host_memory_for_checkpoints(
+    micro_config: MakeConfig, micro_model: Path, tmp_path: Path
+) -> None:
+    """Parameters and both moments are copied to the host to be written."""
+    settings = {"resources.gpus_per_worker": 1, "convert.width": 2**18}
+    worker = Worker.of(micro_config(tmp_path, **settings), read_sizes(micro_model))
+    assert training_needs(worker).host > 3 * 4 * worker.overlay.trained
+
+
+def test_validation_counts_when_its_micro_batches_are_larger(
+    micro_config: MakeConfig, micro_model: Path, tmp_path: Path
+) -> None:
+    def peak(validation_sequences: int) -> tuple[str, int]:
+        sources = {"play": {"sequences_per_step": 1, "cross_entropy": 1.0}}
+        settings = {"train.sources": sources, "train.micro_batch_sequences": 64, "resources.workers": 1}
+        config = micro_config(tmp_path, **settings, **{"train.validation_sequences": validation_sequences})
+        needs = _train(config, read_sizes(micro_model))
+        return needs.peak.name, needs.peak.total
+
+    assert peak(1)[0] == "loss backward"
+    name, total = peak(64)
+    assert name == "validation"
+    assert total > peak(1)[1] + 64 * 64 * 4000 * 4  # at least one more float32 [64 x 64, vocabulary]
+
+
+def test_little_free_memory_is_a_warning(micro_config: MakeConfig, machine: Machines, tmp_path: Path) -> None:
+    busy = dataclasses.replace(machine(), available=GIB // 2)
+    train = {stage.needs.stage: stage for stage in make_plan(micro_config(tmp_path), busy).stages}["train"]
+    assert train.fits
+    assert "only 0.5 GiB of memory are free" in train.problem
+
+
+def test_only_the_change_that_is_needed_is_named(micro_config: MakeConfig, machine: Machines, tmp_path: Path) -> None:
+    """One GPU for two workers: smaller batches do not help, one worker does."""
+    config = micro_config(tmp_path, **{"resources.workers": 2, "resources.gpus_per_worker": 1})
+    plan = make_plan(config, machine(gpus=(80.0,)))
+    assert {s.needs.stage: s.change for s in plan.stages}["train"] == ("resources.workers=1",)
+
+
+def test_a_damaged_tokenizer_is_refused(micro_config: MakeConfig, micro_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(micro_model, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read"):
+        make_plan(micro_config(tmp_path / "run", **{"model.path": str(tmp_path / "model")}))

@@ -80,11 +80,12 @@ def test_overlay_counts_are_those_of_the_loaded_overlay(
     assert planned.stored_bytes == file.stat().st_size - header
 
 
-def test_a_configuration_without_a_field_is_refused(micro_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", ["num_attention_heads", "num_hidden_layers", "hidden_size"])
+def test_a_configuration_without_a_field_is_refused(micro_model: Path, tmp_path: Path, field: str) -> None:
     shutil.copytree(micro_model, tmp_path / "copy")
     path = tmp_path / "copy" / "config.json"
     values = json.loads(path.read_text())
-    del values["num_attention_heads"]
+    del values[field]
     path.write_text(json.dumps(values))
-    with pytest.raises(ModelError, match=r"config\.json.*num_attention_heads"):
+    with pytest.raises(ModelError, match=rf"config\.json.*{field}"):
         read_sizes(tmp_path / "copy")
