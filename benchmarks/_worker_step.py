@@ -18,13 +18,14 @@ from _stopwatch import StepTimes
 from torch import Tensor, nn
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
-from nexus_ray.checkpoints.overlay import OverlayConfig, OverlayWriter
+from nexus_ray.checkpoints.overlay import OverlayWriter
 from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.cluster import set_worker_threads
 from nexus_ray.config import Config, load_config
 from nexus_ray.families import family_of
 from nexus_ray.modeling.loading import LoadedModel, load_student
 from nexus_ray.planning.losses import micro_batches
+from nexus_ray.router.conversion_plan import describe_overlay
 from nexus_ray.router.initialise import layer_tensors
 from nexus_ray.router.width import random_expert
 from nexus_ray.targets.compression import compress
@@ -159,18 +160,9 @@ def make_overlay(config: Config, directory: Path) -> None:
     """The run's overlay, with zero down projections and random gate and up projections."""
     model = read_model_config(config.model.path)
     dimensions = family_of(model).dimensions(model)
-    section = config.convert
-    description = OverlayConfig(
-        base_fingerprint=fingerprint(config.model.path),
-        model_type=model["model_type"],
-        layers=dimensions.layers,
-        hidden_size=dimensions.hidden_size,
-        width=section.width or dimensions.intermediate_size,
-        token_gate=section.token_gate,
-        scale=section.scale,
-        learn_scale=section.learn_scale,
-        initialisation="zero",
-    )
+    zero = config.convert.model_copy(update={"initialisation": "zero"})
+    asked = config.model_copy(update={"convert": zero})
+    description = describe_overlay(asked, dimensions, model["model_type"], fingerprint(config.model.path))
     generator = torch.Generator().manual_seed(0)
     with OverlayWriter(directory, description) as writer:
         for layer in range(dimensions.layers):

@@ -7,10 +7,11 @@ from math import prod
 
 import torch
 
-from nexus_ray.checkpoints.overlay import OverlayConfig, overlay_specs
+from nexus_ray.checkpoints.overlay import overlay_specs
 from nexus_ray.config import Config
 from nexus_ray.planning.needs import Device, Part
 from nexus_ray.planning.sizes import ModelSizes
+from nexus_ray.router.conversion_plan import describe_overlay
 
 _FLOAT32 = 4
 _SCALE = ".scale"
@@ -83,22 +84,9 @@ def base_weights(sizes: ModelSizes, *, packed: bool, dtype: torch.dtype, device:
 
 def overlay_size(sizes: ModelSizes, config: Config) -> OverlaySize:
     """Counts of the overlay that `convert` will write."""
-    section = config.convert
-    description = OverlayConfig(
-        base_fingerprint="",
-        model_type="",
-        layers=sizes.dimensions.layers,
-        hidden_size=sizes.dimensions.hidden_size,
-        width=overlay_width(sizes, config),
-        token_gate=section.token_gate,
-        scale=section.scale,
-        learn_scale=section.learn_scale,
-        initialisation=section.initialisation,
-        dtype=section.dtype,
-    )
-    specs = overlay_specs(description)
+    specs = overlay_specs(describe_overlay(config, sizes.dimensions, model_type="", base=""))
     counts = {spec.name: prod(spec.shape) for spec in specs}
-    trained = sum(count for name, count in counts.items() if section.learn_scale or not name.endswith(_SCALE))
+    trained = sum(count for name, count in counts.items() if config.convert.learn_scale or not name.endswith(_SCALE))
     return OverlaySize(sum(counts.values()), trained, max(counts.values()), sum(spec.nbytes for spec in specs))
 
 

@@ -59,7 +59,7 @@ def plan_conversion(config: Config, layout: RunLayout) -> ConversionPlan:
     model_config = read_model_config(config.model.path)
     family = family_of(model_config)
     dimensions = family.dimensions(model_config)
-    description = _describe(config, dimensions, str(model_config["model_type"]))
+    description = describe_overlay(config, dimensions, str(model_config["model_type"]), fingerprint(config.model.path))
     experts = _choose_experts(config, layout, dimensions, description)
     with CheckpointReader(config.model.path) as reader:
         stored = [_checked_parts(family, reader, layer, dimensions).stored_bytes for layer in range(len(experts))]
@@ -124,10 +124,11 @@ def _ranked(order: str, ranking: ExpertRanking) -> Sequence[Sequence[int]]:
     return ranking.reap
 
 
-def _describe(config: Config, dimensions: MoeDimensions, model_type: str) -> OverlayConfig:
+def describe_overlay(config: Config, dimensions: MoeDimensions, model_type: str, base: str) -> OverlayConfig:
+    """The overlay that `convert` is asked for, of a base with these dimensions and this fingerprint."""
     section = config.convert
     return OverlayConfig(
-        base_fingerprint=fingerprint(config.model.path),
+        base_fingerprint=base,
         model_type=model_type,
         layers=dimensions.layers,
         hidden_size=dimensions.hidden_size,
