@@ -20,7 +20,7 @@ from _common import MemoryPeak, command_line, print_result
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from nexus_ray.modeling.mxfp4 import BLOCK, dequantise
+from nexus_ray.checkpoints.mxfp4 import BLOCK, dequantise
 
 _ROWS, _GROUPS, _BLOCK_BYTES = 5760, 90, 16  # gate_up_proj of one GPT-OSS expert
 _NAN_SCALE = 255

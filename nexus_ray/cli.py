@@ -152,7 +152,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write base and overlay as one Hugging Face directory, which loads after `import nexus_ray`."""
-    from nexus_ray.checkpoints.export import describe, export
+    from nexus_ray.huggingface.export import describe, export
     from nexus_ray.layout import RunLayout
 
     loaded = _load(config, overrides, verbose, quiet, Config).config
@@ -173,7 +173,7 @@ def merge_check(
 
 
 def _merge_check(directory: Path) -> None:
-    from nexus_ray.checkpoints.merge_check import describe, merge_check, summary
+    from nexus_ray.huggingface.merge_check import describe, merge_check, summary
 
     report = merge_check(directory)
     output.print(describe(report))

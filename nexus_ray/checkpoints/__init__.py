@@ -1,1 +1,1 @@
-"""Model files: reading a base lazily, writing and reading overlays, exporting."""
+"""Model files: reading a base lazily, MXFP4, writing checkpoints and overlays."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import GptOssForCausalLM
 
 from nexus_ray.checkpoints.header import TensorSpec
+from nexus_ray.checkpoints.mxfp4 import BLOCK, quantise
 from nexus_ray.checkpoints.writer import CheckpointWriter
-from nexus_ray.modeling.mxfp4 import BLOCK, quantise
 from nexus_ray.storage import atomic_directory
 
 _EXPERT_MATRICES = ("gate_up_proj", "down_proj")

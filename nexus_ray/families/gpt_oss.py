@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nexus_ray.checkpoints.mxfp4 import BLOCK, dequantise
 from nexus_ray.checkpoints.reader import CheckpointReader
 from nexus_ray.errors import ModelError
 from nexus_ray.families.base import ExpertParts, MoeDimensions, MoeFamily, StoredPart
-from nexus_ray.modeling.mxfp4 import BLOCK, dequantise
 
 _SWIGLU_ALPHA = 1.702
 _SWIGLU_LIMIT = 7.0

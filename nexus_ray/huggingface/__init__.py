@@ -1,1 +1,1 @@
-"""The exported model as a transformers architecture, `nexus_gpt_oss`."""
+"""The exported model: its transformers architecture `nexus_gpt_oss`, writing it, and the proof that it is whole."""

@@ -1,1 +1,1 @@
-"""The model: shared experts, MXFP4 weights, loading a base with or without an overlay."""
+"""The model: shared experts, packed experts, loading a base with or without an overlay."""

@@ -20,7 +20,7 @@ from nexus_ray.config import ModelSection
 from nexus_ray.data.packing import Batch
 from nexus_ray.errors import ModelError
 from nexus_ray.families import MoeDimensions, MoeFamily, family_of
-from nexus_ray.modeling.memory import bound_shape_caches
+from nexus_ray.memory import bound_shape_caches
 from nexus_ray.modeling.packed_experts import ExpertNorms, PackedExperts
 from nexus_ray.modeling.shared_expert import Activation, SharedExperts, SharedExpertShape
 from nexus_ray.modeling.weights import build_model

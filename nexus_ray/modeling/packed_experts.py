@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nexus_ray.checkpoints.mxfp4 import BLOCK, BLOCK_BYTES, dequantise
 from nexus_ray.families import MoeDimensions
-from nexus_ray.modeling.memory import fresh
-from nexus_ray.modeling.mxfp4 import BLOCK, BLOCK_BYTES, dequantise
+from nexus_ray.memory import fresh
 
 Activation = Callable[[Tensor, Tensor], Tensor]
 # One dequantised expert, kept by each thread for the next one: fresh pages cost more than the values in them.

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from nexus_ray.checkpoints.mxfp4 import BLOCK, BLOCK_BYTES, NAN_SCALE, dequantise
 from nexus_ray.checkpoints.reader import CheckpointReader
 from nexus_ray.errors import ModelError
 from nexus_ray.families import MoeFamily
-from nexus_ray.modeling.memory import fresh
-from nexus_ray.modeling.mxfp4 import BLOCK, BLOCK_BYTES, NAN_SCALE, dequantise
+from nexus_ray.memory import fresh
 from nexus_ray.modeling.packed_experts import PackedExperts
 from nexus_ray.modeling.placement import follow_devices, split_layers
 

@@ -28,7 +28,7 @@ FLOAT32 = 4
 # Anonymous memory (RssAnon in /proc/self/status) of a process apart from its tensors, measured on Linux.
 WORKER_PROCESS = 360 * MIB  # a Ray actor that has imported nexus_ray.training.distil and ray.train
 CUDA_CONTEXT = 500 * MIB  # driver context and kernels on each device; assumed, not measured
-_KERNELS = 18 * MIB  # compiled kernels of the shapes that `modeling/memory.py` lets oneDNN keep, and tables
+_KERNELS = 18 * MIB  # compiled kernels of the shapes that `memory.py` lets oneDNN keep, and tables
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from nexus_ray.cluster import set_worker_threads
 from nexus_ray.config import PretrainRun
 from nexus_ray.data.packing import separator_id
 from nexus_ray.layout import RunLayout
-from nexus_ray.modeling.memory import bound_shape_caches
+from nexus_ray.memory import bound_shape_caches
 from nexus_ray.pretraining.model import build_config, new_model
 from nexus_ray.targets.reader import TargetSet
 from nexus_ray.training import trainer

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nexus_ray.checkpoints.export import export
+from nexus_ray.huggingface.export import export
 
 
 @pytest.fixture(scope="session")

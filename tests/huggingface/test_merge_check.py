@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
-from nexus_ray.checkpoints.export import export
-from nexus_ray.checkpoints.merge_check import MergeReport, check_model, describe, merge_check, summary
 from nexus_ray.checkpoints.overlay import load_overlay, load_overlay_config, save_overlay
 from nexus_ray.checkpoints.reader import CheckpointReader
 from nexus_ray.cli import run_command
 from nexus_ray.errors import ArtefactError, ModelError
+from nexus_ray.huggingface.export import export
+from nexus_ray.huggingface.merge_check import MergeReport, check_model, describe, merge_check, summary
 from nexus_ray.huggingface.modeling import NexusGptOssForCausalLM
 from nexus_ray.modeling.packed_experts import PackedExperts
 from nexus_ray.storage import sha256_file

@@ -13,10 +13,10 @@ import torch
 from accelerate import infer_auto_device_map
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
-from nexus_ray.checkpoints.export import export
 from nexus_ray.checkpoints.overlay import load_overlay, load_overlay_config, save_overlay
 from nexus_ray.config import ModelSection
 from nexus_ray.huggingface.configuration import NexusGptOssConfig
+from nexus_ray.huggingface.export import export
 from nexus_ray.huggingface.modeling import NexusGptOssForCausalLM
 from nexus_ray.modeling.loading import load_student
 from nexus_ray.modeling.packed_experts import PackedExperts

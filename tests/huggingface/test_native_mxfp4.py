@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 from transformers.integrations import hub_kernels, mxfp4
 
-from nexus_ray.checkpoints.merge_check import check_model
 from nexus_ray.checkpoints.reader import CheckpointReader
+from nexus_ray.huggingface.merge_check import check_model
 from nexus_ray.huggingface.modeling import NexusGptOssForCausalLM
 from nexus_ray.modeling.shared_expert import SharedExperts, SharedExpertShape
 

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+from nexus_ray.checkpoints.mxfp4 import dequantise
 from nexus_ray.families import MoeDimensions
 from nexus_ray.families.gpt_oss import GptOss
-from nexus_ray.modeling.mxfp4 import dequantise
 from nexus_ray.modeling.packed_experts import ExpertNorms, PackedExperts
 
 HIDDEN, INNER, EXPERTS, TOP_K = 64, 96, 6, 2

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from nexus_ray.modeling import mxfp4
-from nexus_ray.modeling.mxfp4 import dequantise, quantise
+from nexus_ray.checkpoints import mxfp4
+from nexus_ray.checkpoints.mxfp4 import dequantise, quantise
 
 _GRID = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
-from nexus_ray.checkpoints.model_card import model_card
 from nexus_ray.checkpoints.overlay import OverlayConfig, load_overlay
 from nexus_ray.checkpoints.reader import CheckpointReader, read_model_config
 from nexus_ray.checkpoints.writer import CheckpointWriter, TensorSpec
 from nexus_ray.console import progress
 from nexus_ray.errors import ConfigError, ModelError, StorageError
 from nexus_ray.families import family_of
+from nexus_ray.huggingface.model_card import model_card
 from nexus_ray.huggingface.registration import MODEL_TYPE
 from nexus_ray.storage import atomic_directory, make_directory, write_json, write_text
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nexus_ray.modeling.memory import bound_shape_caches, fresh
+from nexus_ray.memory import bound_shape_caches, fresh
 
 _ROWS, _COLUMNS = 6000, 8000  # 46 MiB of bytes: large in every type
 
@@ -65,7 +65,7 @@ def test_another_device() -> None:
 
 _PRODUCTS = """
 import torch
-from nexus_ray.modeling.memory import bound_shape_caches
+from nexus_ray.memory import bound_shape_caches
 {call}
 torch.set_num_threads(1)
 

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from nexus_ray.checkpoints import export as module
-from nexus_ray.checkpoints.export import describe, export, exported_name, overlay_name, tensors_digest
 from nexus_ray.checkpoints.overlay import load_overlay_config, save_overlay
 from nexus_ray.cli import run_command
 from nexus_ray.config import save_config
 from nexus_ray.errors import ArtefactError, ConfigError, ModelError, StorageError
+from nexus_ray.huggingface import export as module
+from nexus_ray.huggingface.export import describe, export, exported_name, overlay_name, tensors_digest
 from nexus_ray.storage import sha256_file
 
 SHARED = "model-shared-experts.safetensors"

@@ -18,9 +18,9 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from nexus_ray.checkpoints.export import overlay_name, tensors_digest
 from nexus_ray.checkpoints.reader import CheckpointReader, read_model_config
 from nexus_ray.errors import ArtefactError, ModelError
+from nexus_ray.huggingface.export import overlay_name, tensors_digest
 from nexus_ray.huggingface.registration import MODEL_TYPE
 
 if TYPE_CHECKING:

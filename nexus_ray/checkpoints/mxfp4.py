@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from nexus_ray.modeling.memory import fresh
+from nexus_ray.memory import fresh
 
 BLOCK = 32
 BLOCK_BYTES = BLOCK // 2
