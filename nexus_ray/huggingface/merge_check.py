@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _PROMPT_TOKENS = 4  # few, because each brings experts of its own to dequantise
 _PROMPT_STRIDE = 7919  # a prime, so that the tokens spread over the vocabulary
+_NAME_AN_EXPORT = "name a directory that `nexus-ray export CONFIG --output DIR` wrote"
 _EXPORT_AGAIN = "export it again with `nexus-ray export CONFIG --output DIR --overwrite`"
 
 
@@ -98,11 +99,13 @@ def merge_check(directory: Path) -> MergeReport:
         ModelError: it is not an export, is damaged, or transformers cannot load it.
         ArtefactError: its shared tensors are not those of the overlay that was exported.
     """
+    if not directory.is_dir():
+        raise ModelError(f"there is no directory {directory}", _NAME_AN_EXPORT)
     config = read_model_config(directory)
     if config.get("model_type") != MODEL_TYPE:
         raise ModelError(
             f"{directory} is not an export: its model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}",
-            "name a directory that `nexus-ray export CONFIG --output DIR` wrote",
+            _NAME_AN_EXPORT,
         )
     with CheckpointReader(directory) as reader:
         names = [name for name in reader.names if overlay_name(name) is not None]

@@ -147,6 +147,11 @@ def test_a_missing_base_tensor_is_named(damaged: Path) -> None:
         merge_check(damaged)
 
 
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="there is no directory .*nowhere"):
+        merge_check(tmp_path / "nowhere")
+
+
 def test_a_base_is_not_an_export(micro_model: Path) -> None:
     with pytest.raises(ModelError, match="is not an export: its model_type is 'gpt_oss'"):
         merge_check(micro_model)

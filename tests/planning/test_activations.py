@@ -41,7 +41,7 @@ def test_saved_activations(
 
     work = Workload(sequences, length, dtype.itemsize, experts, width=64, token_gate=True, learn_scale=False)
     planned = saved_for_backward(read_sizes(micro_model), work)
-    assert planned == pytest.approx(saved_bytes(forward, student.model), rel=0.15)
+    assert planned == pytest.approx(saved_bytes(forward, student.model), rel=0.07)
 
 
 def test_attention_scores_grow_with_the_square_of_the_length(micro_model: Path) -> None:
@@ -67,4 +67,4 @@ def test_saved_by_gate_and_scale(
 
     work = Workload(2, 64, 4, "packed", width=96, token_gate=token_gate, learn_scale=learn_scale)
     planned = saved_for_backward(read_sizes(micro_model), work)
-    assert planned == pytest.approx(saved_bytes(forward, nn.ModuleList([student.model, experts])), rel=0.1)
+    assert planned == pytest.approx(saved_bytes(forward, nn.ModuleList([student.model, experts])), rel=0.05)

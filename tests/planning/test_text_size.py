@@ -27,6 +27,18 @@ def test_tokens_are_close_to_those_of_the_tokenizer(
         assert text.tokens == pytest.approx(sum(len(tokenizer(row)["input_ids"]) for row in rows), rel=0.1)
 
 
+def test_json_around_the_text_is_not_counted(
+    micro_config: Callable[..., Config], micro_texts: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (micro_texts / "play.train.jsonl").read_text().splitlines()]
+    wide = tmp_path / "wide.jsonl"
+    wide.write_text("".join(json.dumps(row | {"note": "x" * 2 * len(row["text"])}) + "\n" for row in rows))
+    plain = measure_text(micro_config(tmp_path))["play"]
+    found = measure_text(micro_config(tmp_path, **{"data.sources.play.train": str(wide)}))["play"]
+    assert found.size > 2.5 * plain.size
+    assert found.tokens == pytest.approx(plain.tokens, rel=0.02)
+
+
 def test_a_source_without_files_is_left_out_with_a_warning(
     micro_config: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
