@@ -28,13 +28,15 @@ def print_result(values: Mapping[str, Any]) -> None:
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Run a script's main function: log lines as in `nexus-ray`; a `NexusError` ends it without a traceback."""
+    """Run a script's main function: log lines as in `nexus-ray`; a `NexusError` or Ctrl-C ends it without a traceback."""
     setup_logging()
     try:
         yield
     except NexusError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def memory_bytes(field: str) -> int:

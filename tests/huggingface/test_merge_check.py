@@ -148,7 +148,7 @@ def test_a_missing_base_tensor_is_named(damaged: Path) -> None:
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="there is no directory .*nowhere"):
+    with pytest.raises(ModelError, match="there is no directory"):
         merge_check(tmp_path / "nowhere")
 
 
