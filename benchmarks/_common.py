@@ -28,7 +28,7 @@ def print_result(values: Mapping[str, Any]) -> None:
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Run a script's main function: log lines as in `nexus-ray`; a `NexusError` or Ctrl-C ends it without a traceback."""
+    """Run a script's main function: log lines as in `nexus-ray`, no traceback for a `NexusError` or Ctrl-C."""
     setup_logging()
     try:
         yield
