@@ -22,12 +22,12 @@ from nexus_ray.checkpoints.overlay import OverlayWriter
 from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.cluster import set_worker_threads
 from nexus_ray.config import Config, load_config
+from nexus_ray.conversion.initialise import layer_tensors
+from nexus_ray.conversion.plan import describe_overlay
+from nexus_ray.conversion.width import random_expert
 from nexus_ray.families import family_of
 from nexus_ray.modeling.loading import LoadedModel, load_student
 from nexus_ray.planning.losses import micro_batches
-from nexus_ray.router.conversion_plan import describe_overlay
-from nexus_ray.router.initialise import layer_tensors
-from nexus_ray.router.width import random_expert
 from nexus_ray.targets.compression import compress
 from nexus_ray.training.loop import adamw
 from nexus_ray.training.objective import MicroBatch, Teacher, combine, term_counts, token_sums

@@ -44,7 +44,7 @@ from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.packed_experts import ExpertNorms
 from nexus_ray.router.artefact import Description, RouterStatistics
 from nexus_ray.router.moments import RouterMoments
-from nexus_ray.router.selection import Selection, select_experts
+from nexus_ray.selection.selection import Selection, select_experts
 from nexus_ray.storage import make_directory, write_json, write_text
 
 _HERE = Path(__file__).parent

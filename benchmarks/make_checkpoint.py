@@ -23,7 +23,7 @@ from _true_shape import SHAPES, Experts, TrueShape, checkpoint_specs, filled_byt
 
 from nexus_ray.console import progress
 from nexus_ray.errors import ConfigError, StorageError
-from nexus_ray.router.selection import Selection
+from nexus_ray.selection.selection import Selection
 from nexus_ray.storage import atomic_directory, make_directory
 
 SMOLLM2 = "smollm2-moe"

@@ -123,8 +123,8 @@ def convert(
     """Initialise one shared expert a layer from the selected experts (overlay-initial/)."""
     loaded = _load(config, overrides, verbose, quiet, Config).config
     if dry_run:
+        from nexus_ray.conversion.plan import plan_conversion, plan_table
         from nexus_ray.layout import RunLayout
-        from nexus_ray.router.conversion_plan import plan_conversion, plan_table
 
         output.print(plan_table(plan_conversion(loaded, RunLayout(loaded.run.directory))))
     else:

@@ -56,15 +56,15 @@ def _collect(run: Run, recipe: str) -> None:
 
 
 def _select(run: Run, recipe: str) -> None:
-    from nexus_ray.router.plots import plot_selection
-    from nexus_ray.router.selection import select
+    from nexus_ray.selection.plots import plot_selection
+    from nexus_ray.selection.selection import select
 
     selection = select(run.config, run.layout)
     plot_selection(selection, run.layout.plots)
 
 
 def _convert(run: Run, recipe: str) -> None:
-    from nexus_ray.router.initialise import convert
+    from nexus_ray.conversion.initialise import convert
 
     convert(run.config, run.layout)
 

@@ -9,9 +9,9 @@ import torch
 
 from nexus_ray.checkpoints.overlay import overlay_specs
 from nexus_ray.config import Config
+from nexus_ray.conversion.plan import describe_overlay
 from nexus_ray.planning.needs import Device, Part
 from nexus_ray.planning.sizes import ModelSizes
-from nexus_ray.router.conversion_plan import describe_overlay
 
 _FLOAT32 = 4
 _SCALE = ".scale"

@@ -21,7 +21,7 @@ from transformers import (
 
 from nexus_ray.config import SelectSection
 from nexus_ray.errors import ConfigError, StorageError
-from nexus_ray.router.selection import Selection, select_experts
+from nexus_ray.selection.selection import Selection, select_experts
 
 Script = Callable[[str], ModuleType]
 

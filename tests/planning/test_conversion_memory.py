@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from nexus_ray.config import Config
+from nexus_ray.conversion.alignment import aligned_mean
 from nexus_ray.families import ExpertWeights
 from nexus_ray.planning.conversion import convert_needs
 from nexus_ray.planning.sizes import read_sizes
 from nexus_ray.planning.worker import Worker
-from nexus_ray.router.alignment import aligned_mean
 
 _HIDDEN, _WIDTH = 320, 256
 

@@ -16,7 +16,7 @@ from nexus_ray.config import Config
 from nexus_ray.errors import ArtefactError, ConfigError, ModelError
 from nexus_ray.families import ExpertParts, MoeDimensions, MoeFamily, family_of
 from nexus_ray.layout import RunLayout
-from nexus_ray.router.selection import ExpertRanking, Selection
+from nexus_ray.selection.selection import ExpertRanking, Selection
 
 _WITHOUT_EXPERTS = ("zero", "random")
 _MOST_USED = ("top1", "top1_zero", "lstsq")

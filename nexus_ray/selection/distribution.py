@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from nexus_ray.router.scores import Floats, effective_experts, top_share
+from nexus_ray.selection.scores import Floats, effective_experts, top_share
 
 _TOP_COUNTS = (4, 8, 16, 32)
 _PERCENTILES = (5, 25, 50, 75, 95)

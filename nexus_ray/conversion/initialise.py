@@ -21,12 +21,12 @@ from nexus_ray.checkpoints.overlay import OverlayConfig, OverlayWriter
 from nexus_ray.checkpoints.reader import CheckpointReader
 from nexus_ray.config import Config
 from nexus_ray.console import progress
+from nexus_ray.conversion.alignment import aligned_mean
+from nexus_ray.conversion.averaging import mean_expert
+from nexus_ray.conversion.plan import ConversionPlan, plan_conversion
+from nexus_ray.conversion.width import random_expert, resize
 from nexus_ray.families import ExpertWeights
 from nexus_ray.layout import RunLayout
-from nexus_ray.router.alignment import aligned_mean
-from nexus_ray.router.averaging import mean_expert
-from nexus_ray.router.conversion_plan import ConversionPlan, plan_conversion
-from nexus_ray.router.width import random_expert, resize
 from nexus_ray.storage import write_json
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def convert(config: Config, layout: RunLayout) -> OverlayConfig:
             advance(1)
 
         if plan.description.initialisation == "lstsq":
-            from nexus_ray.router.calibration import fit_layers
+            from nexus_ray.conversion.fitting import fit_layers
 
             explained = fit_layers(config, plan, emit)
         else:

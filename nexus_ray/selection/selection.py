@@ -22,9 +22,9 @@ from nexus_ray.config import Config, SelectSection
 from nexus_ray.errors import ArtefactError, ConfigError, DataError
 from nexus_ray.layout import RunLayout
 from nexus_ray.router.artefact import RouterStatistics
-from nexus_ray.router.distribution import Distribution, describe_scores
 from nexus_ray.router.moments import HALVES, REMAKE, RouterMoments
-from nexus_ray.router.scores import (
+from nexus_ray.selection.distribution import Distribution, describe_scores
+from nexus_ray.selection.scores import (
     Floats,
     overlap,
     pca_null_share,

@@ -9,10 +9,10 @@ import torch
 from nexus_ray.checkpoints.reader import CheckpointReader
 from nexus_ray.cli import run_command
 from nexus_ray.config import load_config, save_config
+from nexus_ray.conversion.plan import experts_to_average, plan_conversion
 from nexus_ray.errors import ArtefactError, ConfigError, ModelError
 from nexus_ray.layout import RunLayout
-from nexus_ray.router.conversion_plan import experts_to_average, plan_conversion
-from nexus_ray.router.selection import ExpertRanking
+from nexus_ray.selection.selection import ExpertRanking
 
 RANKING = ExpertRanking(
     used=[[3, 1, 0, 2, 4, 5, 6, 7], [2, 6, 1, 0, 3, 4, 5, 7]],

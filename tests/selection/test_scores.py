@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from nexus_ray.router.distribution import describe_scores
-from nexus_ray.router.scores import (
+from nexus_ray.selection.distribution import describe_scores
+from nexus_ray.selection.scores import (
     overlap,
     pca_null_share,
     pca_scores,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from nexus_ray.conversion.width import most_important, resize
 from nexus_ray.families import FAMILIES, ExpertWeights
-from nexus_ray.router.width import most_important, resize
 
 
 @pytest.fixture

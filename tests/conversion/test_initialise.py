@@ -13,14 +13,14 @@ from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.checkpoints.overlay import load_overlay
 from nexus_ray.checkpoints.reader import CheckpointReader
 from nexus_ray.config import save_config
+from nexus_ray.conversion import initialise
+from nexus_ray.conversion.averaging import mean_expert
+from nexus_ray.conversion.initialise import convert
 from nexus_ray.data.packing import batches, pack
 from nexus_ray.errors import ModelError, StorageError
 from nexus_ray.families import FAMILIES
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import load_base, load_student
-from nexus_ray.router import initialise
-from nexus_ray.router.averaging import mean_expert
-from nexus_ray.router.initialise import convert
 
 MLP = ("gate_up_proj.weight", "gate_up_proj.bias", "down_proj.weight", "down_proj.bias")
 

@@ -12,11 +12,11 @@ from transformers import GptOssForCausalLM
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.checkpoints.overlay import load_overlay
+from nexus_ray.conversion.fitting import calibration_batch
+from nexus_ray.conversion.initialise import convert
 from nexus_ray.data.packing import pack_shard
 from nexus_ray.data.sources import list_shards
 from nexus_ray.modeling.loading import load_base
-from nexus_ray.router.calibration import calibration_batch
-from nexus_ray.router.initialise import convert
 
 SEQUENCES, RIDGE = 400, 0.01  # more sequences than there are: every shard to its padded end
 

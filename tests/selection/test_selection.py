@@ -12,9 +12,9 @@ from nexus_ray.errors import ArtefactError, ConfigError, DataError
 from nexus_ray.layout import RunLayout
 from nexus_ray.router.artefact import Description, RouterStatistics
 from nexus_ray.router.moments import RouterMoments
-from nexus_ray.router.plots import plot_selection
-from nexus_ray.router.scores import pca_scores, rank_experts
-from nexus_ray.router.selection import Selection, select, select_experts
+from nexus_ray.selection.plots import plot_selection
+from nexus_ray.selection.scores import pca_scores, rank_experts
+from nexus_ray.selection.selection import Selection, select, select_experts
 
 EXPERTS, TOP_K, LENGTH = 16, 2, 64
 PLANTED = {"play": ([1, 6, 12, 15], [0, 4, 9, 13]), "prose": ([2, 5, 8, 11], [3, 7, 10, 14])}

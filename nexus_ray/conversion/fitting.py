@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from nexus_ray.checkpoints.reader import CheckpointReader
 from nexus_ray.config import Config
+from nexus_ray.conversion.averaging import mean_expert
+from nexus_ray.conversion.least_squares import RidgeFit, RidgeSums
+from nexus_ray.conversion.plan import ConversionPlan
+from nexus_ray.conversion.width import resize
 from nexus_ray.data.packing import Batch, PackedSequence, batches, pack_shard
 from nexus_ray.data.sources import list_shards
 from nexus_ray.errors import DataError
 from nexus_ray.families import ExpertWeights
 from nexus_ray.modeling.loading import LoadedModel, activation, load_base
 from nexus_ray.modeling.shared_expert import Activation
-from nexus_ray.router.averaging import mean_expert
-from nexus_ray.router.conversion_plan import ConversionPlan
-from nexus_ray.router.least_squares import RidgeFit, RidgeSums
-from nexus_ray.router.width import resize
 
 logger = logging.getLogger(__name__)
 _TOKENS = 1024  # that are turned into features at once

@@ -4,8 +4,8 @@ from itertools import permutations
 
 import torch
 
+from nexus_ray.conversion.alignment import aligned_mean, matching, neuron_similarity, permute
 from nexus_ray.families import FAMILIES, ExpertWeights
-from nexus_ray.router.alignment import aligned_mean, matching, neuron_similarity, permute
 
 
 def outputs(expert: ExpertWeights, inputs: torch.Tensor) -> torch.Tensor:

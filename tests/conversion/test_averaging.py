@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import AutoConfig, GptOssForCausalLM
 
 from nexus_ray.checkpoints.reader import CheckpointReader
+from nexus_ray.conversion import averaging
+from nexus_ray.conversion.averaging import mean_expert
 from nexus_ray.errors import ModelError
 from nexus_ray.families import FAMILIES, ExpertWeights
-from nexus_ray.router import averaging
-from nexus_ray.router.averaging import mean_expert
 
 EXPERTS = [0, 4, 7]
 

@@ -18,8 +18,8 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from nexus_ray import plot_style as look
-from nexus_ray.router.scores import Floats
-from nexus_ray.router.selection import Selection
+from nexus_ray.selection.scores import Floats
+from nexus_ray.selection.selection import Selection
 
 _BLUES = ("#FFFFFF", "#C6DDF0", "#56A3D9", look.BLUE, "#0B2A45")
 _SEQUENTIAL = LinearSegmentedColormap.from_list("white_to_blue", _BLUES)

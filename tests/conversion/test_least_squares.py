@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 
-from nexus_ray.router.least_squares import RidgeSums
+from nexus_ray.conversion.least_squares import RidgeSums
 
 FEATURES, TARGETS = 9, 4
 
