@@ -42,8 +42,8 @@ from nexus_ray.config import SelectSection
 from nexus_ray.errors import ConfigError, NexusError
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.packed_experts import ExpertNorms
+from nexus_ray.router.accumulate import moments_of_logits
 from nexus_ray.router.artefact import Description, RouterStatistics
-from nexus_ray.router.moments import RouterMoments
 from nexus_ray.selection.selection import Selection, select_experts
 from nexus_ray.storage import make_directory, write_json, write_text
 
@@ -95,7 +95,7 @@ def synthetic_statistics(shape: TrueShape) -> RouterStatistics:
     top = logits.flatten(0, 1).topk(shape.experts_per_token, dim=-1)
     norms = [ExpertNorms(top.indices[:, i], top.values[:, i].softmax(dim=-1)) for i in range(shape.layers)]
     valid, half = np.ones((_SEQUENCES, _LENGTH), bool), np.arange(_SEQUENCES) % 2
-    moments = RouterMoments.from_logits(logits, valid, half, shape.experts_per_token, norms)
+    moments = moments_of_logits(logits, valid, half, shape.experts_per_token, norms)
     description = Description(
         base_fingerprint="made before the checkpoint",
         tokenizer_sha256="none",

@@ -33,6 +33,9 @@ Overrides = Annotated[
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show debug messages and tracebacks")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="show warnings and errors only")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="fail at the first row of text that cannot be read; same as data.strict=true")
+]
 Force = Annotated[bool, typer.Option("--force", help="do it again although it is complete")]
 
 app = typer.Typer(
@@ -53,10 +56,10 @@ app.add_typer(checkpoint_app, name="checkpoint")
 
 
 def _load(
-    path: Path, overrides: list[str] | None, verbose: bool, quiet: bool, schema: type[SectionT]
+    path: Path, overrides: list[str] | None, verbose: bool, quiet: bool, schema: type[SectionT], strict: bool = False
 ) -> Resolved[SectionT]:
     setup_logging(verbose=verbose, quiet=quiet)
-    return resolve_config(path, overrides or [], schema)
+    return resolve_config(path, [*(overrides or []), *(["data.strict=true"] if strict else [])], schema)
 
 
 @app.command()
@@ -67,6 +70,7 @@ def run(
         str | None, typer.Option("--from", metavar="STAGE", help="do this stage and all later ones again")
     ] = None,
     last: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="stop after this stage")] = None,
+    strict: Strict = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
@@ -79,7 +83,7 @@ def run(
     from nexus_ray.pipeline import run_pipeline
     from nexus_ray.storage import read_json
 
-    loaded = _load(config, overrides, verbose, quiet, Config).config
+    loaded = _load(config, overrides, verbose, quiet, Config, strict).config
     run_pipeline(loaded, first, last)
     layout = RunLayout(loaded.run.directory)
     if last in (None, STAGES[-1]):
@@ -93,13 +97,14 @@ def _stage_command(name: str, text: str) -> None:
     def command(
         config: ConfigPath,
         overrides: Overrides = None,
+        strict: Strict = False,
         force: Force = False,
         verbose: Verbose = False,
         quiet: Quiet = False,
     ) -> None:
         from nexus_ray.pipeline import run_single_stage
 
-        run_single_stage(_load(config, overrides, verbose, quiet, Config).config, name, force=force)
+        run_single_stage(_load(config, overrides, verbose, quiet, Config, strict).config, name, force=force)
 
     command.__doc__ = text
     app.command(name=name)(command)
@@ -116,12 +121,13 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show what would be read and written, and write nothing")
     ] = False,
+    strict: Strict = False,
     force: Force = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """Initialise one shared expert a layer from the selected experts (overlay-initial/)."""
-    loaded = _load(config, overrides, verbose, quiet, Config).config
+    loaded = _load(config, overrides, verbose, quiet, Config, strict).config
     if dry_run:
         from nexus_ray.conversion.plan import plan_conversion, plan_table
         from nexus_ray.layout import RunLayout
@@ -136,6 +142,26 @@ def convert(
 _stage_command("precompute", "Pack the training text and store the teacher's targets (targets/).")
 _stage_command("train", "Train the shared experts by distillation (overlay/, metrics.jsonl).")
 _stage_command("evaluate", "Compare base and student on held-out text (report.md, report.json, plots/).")
+
+
+@app.command()
+def drift(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    overlay: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="overlay of the student; default: the run's trained one")
+    ] = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare the routers of base and student on the calibration text (router_drift.json)."""
+    from nexus_ray.evaluation.calibration_drift import drift_table, measure_drift
+    from nexus_ray.layout import RunLayout
+    from nexus_ray.pipeline import Run, locked
+
+    loaded = _load(config, overrides, verbose, quiet, Config).config
+    with locked(Run(loaded)):
+        output.print(drift_table(measure_drift(loaded, RunLayout(loaded.run.directory), overlay)))
 
 
 @app.command()
@@ -279,11 +305,17 @@ def plot(
 
 
 @app.command()
-def pretrain(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = False, quiet: Quiet = False) -> None:
+def pretrain(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    strict: Strict = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
     """Train a small MoE from scratch on text and export it with MXFP4 experts (see configs/pretrain-tiny.yaml)."""
     from nexus_ray.pretraining.run import pretrain as start
 
-    path = start(_load(config, overrides, verbose, quiet, PretrainRun).config)
+    path = start(_load(config, overrides, verbose, quiet, PretrainRun, strict).config)
     output.print(f"model: {path}", soft_wrap=True)
 
 

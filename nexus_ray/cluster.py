@@ -16,6 +16,7 @@ from nexus_ray.console import progress
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
 
 logger = logging.getLogger(__name__)
+_TASKS_IN_FLIGHT = 2  # one at work and one waiting: more would leave workers idle at the end
 
 
 def ensure_ray() -> None:
@@ -54,6 +55,7 @@ def map_over_pool(
     items: Sequence[dict[str, Any]],
     resources: ResourcesSection,
     description: str,
+    amount: tuple[str, int] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Run `worker(**arguments)(item)` for each item on a pool of actors; yield results in completion order.
 
@@ -63,6 +65,7 @@ def map_over_pool(
         items: rows, one call each.
         resources: how many actors and what each of them gets.
         description: label of the progress bar.
+        amount: what progress counts, as a column of the returned rows and its sum over all of them; default: items.
     """
     if not items:
         return
@@ -70,18 +73,24 @@ def map_over_pool(
     import ray
 
     _quiet_ray_data()
-    pool = ray.data.ActorPoolStrategy(size=min(resources.workers, len(items)))
+    most = min(resources.workers, len(items))
+    pool = ray.data.ActorPoolStrategy(
+        min_size=min(resources.min_workers or most, most),
+        max_size=most,
+        max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT,
+    )
     results = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
         _Guarded,  # type: ignore[arg-type]
         fn_constructor_kwargs={"worker": worker, "arguments": arguments},
         compute=pool,
         **actor_options(resources),
     )
-    with progress(description, total=len(items)) as advance:
+    unit, total = amount or ("", len(items))
+    with progress(description, total, unit) as advance:
         for row in results.iter_rows():
             if row.get("error"):
                 raise error_from_record(row)
-            advance(1)
+            advance(int(row[unit]) if unit else 1)
             yield row
 
 

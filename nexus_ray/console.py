@@ -45,30 +45,48 @@ def setup_logging(*, verbose: bool = False, quiet: bool = False) -> None:
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(steps)`; draw a bar on a terminal, log a line now and then elsewhere."""
+def progress(description: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
+    """Yield `advance(steps)`; draw a bar on a terminal, log a line now and then elsewhere.
+
+    Args:
+        description: label.
+        total: steps until the end.
+        unit: what a step is, e.g. "tokens"; where there is one, the speed is shown too.
+    """
     if console.is_terminal and logger.isEnabledFor(logging.INFO):
-        with _bar() as bar:
-            task = bar.add_task(description, total=total)
-            yield lambda steps: bar.advance(task, steps)
+        started = time.monotonic()
+        with _bar(unit) as bar:
+            task = bar.add_task(description, total=total, speed="")
+
+            def advance(steps: int) -> None:
+                bar.advance(task, steps)
+                bar.update(task, speed=_speed(bar.tasks[0].completed, started, unit))
+
+            yield advance
     else:
-        yield _plain_progress(description, total)
+        yield _plain_progress(description, total, unit)
 
 
-def _bar() -> Progress:
+def _bar(unit: str) -> Progress:
     return Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(),
         MofNCompleteColumn(),
+        *([TextColumn("{task.fields[speed]}")] if unit else []),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
     )
 
 
-def _plain_progress(description: str, total: int) -> Callable[[int], None]:
+def _speed(done: float, started: float, unit: str) -> str:
+    return f"{done / max(time.monotonic() - started, 1e-9):,.0f} {unit}/s" if unit else ""
+
+
+def _plain_progress(description: str, total: int, unit: str) -> Callable[[int], None]:
     done = 0
     started = last = time.monotonic()
+    end = f" {unit}, " if unit else ", "
 
     def advance(steps: int) -> None:
         nonlocal done, last
@@ -77,6 +95,7 @@ def _plain_progress(description: str, total: int) -> Callable[[int], None]:
         if done >= total or now - last >= _PLAIN_INTERVAL_SECONDS:
             last = now
             left = (now - started) / max(done, 1) * (total - done)
-            logger.info("%s: %d of %d, %.0f s left", description, done, total, left)
+            speed = f"{_speed(done, started, unit)}, " if unit else ""
+            logger.info("%s: %s of %s%s%s%.0f s left", description, f"{done:,}", f"{total:,}", end, speed, left)
 
     return advance

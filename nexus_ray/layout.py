@@ -28,9 +28,29 @@ class RunLayout:
         return self.directory / "router_stats.safetensors"
 
     @property
+    def student_router_stats(self) -> Path:
+        """The same of the student on the same text, for comparison."""
+        return self.directory / "router_stats-student.safetensors"
+
+    @property
+    def router_probabilities(self) -> Path:
+        """Router probabilities of a few tokens, in the reference system's format."""
+        return self.directory / "router_probs.npz"
+
+    @property
+    def calibration(self) -> Path:
+        """Calibration text: the sequences that the routers are observed on; its description is beside it."""
+        return self.directory / "calibration.safetensors"
+
+    @property
     def selection(self) -> Path:
         """Ranked experts of each layer."""
         return self.directory / "selection.json"
+
+    @property
+    def selection_report(self) -> Path:
+        """The selection in words, tables and figures, as Markdown."""
+        return self.directory / "selection.md"
 
     @property
     def initial_overlay(self) -> Path:
@@ -66,6 +86,11 @@ class RunLayout:
     def overlay(self) -> Path:
         """The trained overlay."""
         return self.directory / "overlay"
+
+    @property
+    def router_drift(self) -> Path:
+        """Routers of base and student on the calibration text, compared."""
+        return self.directory / "router_drift.json"
 
     @property
     def report(self) -> Path:

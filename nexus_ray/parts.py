@@ -1,4 +1,4 @@
-"""Partial results of a stage, one a shard of text: what lets a killed stage continue where it stopped.
+"""Partial results of a stage, one a piece of its work: what lets a killed stage continue where it stopped.
 
 A directory of parts belongs to one recipe, the digest of everything that decides their bytes. Parts of another
 recipe, and temporary files that a killed worker left, are discarded.
@@ -11,12 +11,24 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
-from nexus_ray.data.sources import Shard
 from nexus_ray.storage import make_directory, read_json, write_json
 
 logger = logging.getLogger(__name__)
 _RECIPE = "recipe.json"
+
+
+class Work(Protocol):
+    """A piece of work with a number of its own, such as a shard of text."""
+
+    @property
+    def index(self) -> int:
+        """Its number."""
+        ...
+
+
+WorkT = TypeVar("WorkT", bound=Work)
 
 
 @dataclass(frozen=True)
@@ -25,15 +37,15 @@ class Parts:
 
     Attributes:
         directory: where they are kept while the stage runs.
-        suffix: of the file, one a shard, whose presence says that the shard is done.
+        suffix: of the file, one a piece of work, whose presence says that it is done.
     """
 
     directory: Path
     suffix: str
 
-    def path(self, shard: Shard) -> Path:
-        """The file whose presence says that `shard` is done; it must be written atomically and last."""
-        return self.directory / f"shard-{shard.index:05d}{self.suffix}"
+    def path(self, work: Work) -> Path:
+        """The file whose presence says that `work` is done; it must be written atomically and last."""
+        return self.directory / f"shard-{work.index:05d}{self.suffix}"
 
     def begin(self, recipe: str) -> None:
         """Start empty, unless the directory was begun with the same recipe.
@@ -48,11 +60,11 @@ class Parts:
             write_json(marker, recipe)
         self._remove_temporaries()
 
-    def missing(self, shards: Sequence[Shard]) -> list[Shard]:
-        """Those of `shards` that are not done yet."""
-        missing = [shard for shard in shards if not self.path(shard).exists()]
-        if len(missing) < len(shards):
-            logger.info("continuing: %d of %d shards are done", len(shards) - len(missing), len(shards))
+    def missing(self, work: Sequence[WorkT]) -> list[WorkT]:
+        """Those of `work` that are not done yet."""
+        missing = [item for item in work if not self.path(item).exists()]
+        if len(missing) < len(work):
+            logger.info("continuing: %d of %d shards are done", len(work) - len(missing), len(work))
         return missing
 
     def finish(self) -> None:

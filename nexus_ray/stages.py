@@ -56,11 +56,14 @@ def _collect(run: Run, recipe: str) -> None:
 
 
 def _select(run: Run, recipe: str) -> None:
+    from nexus_ray.router.artefact import RouterStatistics
     from nexus_ray.selection.plots import plot_selection
+    from nexus_ray.selection.report import write_report
     from nexus_ray.selection.selection import select
 
     selection = select(run.config, run.layout)
-    plot_selection(selection, run.layout.plots)
+    plot_selection(selection, RouterStatistics.load(run.layout.router_stats), run.layout.plots)
+    write_report(selection, run.layout.selection_report, run.layout.plots)
 
 
 def _convert(run: Run, recipe: str) -> None:
@@ -92,15 +95,25 @@ ALL = (
         "collect",
         _collect,
         (),
-        lambda run: {**_base(run), "data": _data(run), "collect": _dump(run.config.collect)},
-        lambda layout: (layout.router_stats, layout.router_stats.with_suffix(".json")),
+        lambda run: {
+            **_base(run),
+            "data": _data(run),
+            "collect": _dump(run.config.collect),
+            "seed": run.config.run.seed,
+        },
+        lambda layout: (
+            layout.router_stats,
+            layout.router_stats.with_suffix(".json"),
+            layout.calibration,
+            layout.calibration.with_suffix(".json"),
+        ),
     ),
     Stage(
         "select",
         _select,
         ("collect",),
         lambda run: {"select": _dump(run.config.select)},
-        lambda layout: (layout.selection,),
+        lambda layout: (layout.selection, layout.selection_report),
     ),
     Stage(
         "convert",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,14 @@ from nexus_ray.checkpoints.overlay import OverlayConfig, save_overlay
 from nexus_ray.checkpoints.quantised_export import export_mxfp4
 from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.config import ArchitectureSection, Config, load_config
+from nexus_ray.data.vocabulary import tokenizer_digest
 from nexus_ray.families import family_of
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import activation, build_shared_experts
 from nexus_ray.modeling.packed_experts import ExpertNorms
 from nexus_ray.pretraining.model import build_config
+from nexus_ray.router import candidates, collect
+from nexus_ray.router.accumulate import moments_of_logits
 from nexus_ray.router.artefact import Description, RouterStatistics
 from nexus_ray.router.moments import RouterMoments
 from nexus_ray.selection.selection import Selection, select
@@ -145,7 +149,7 @@ data:
   shard_bytes: 4096
   sources:
 {sources}
-collect: {{tokens_per_source: 2048, batch_sequences: 4}}
+collect: {{tokens: 4096, batch_sequences: 4}}
 select: {{top_k: 4}}
 targets: {{top_k: 16, batch_sequences: 4}}
 train:
@@ -186,7 +190,7 @@ def _moments(seed: int, *, with_norms: bool) -> RouterMoments:
         top = logits[:, :, layer].flatten(0, 1).topk(TOP_K)
         size = torch.randperm(EXPERTS, generator=generator)[top.indices] + 1.0
         norms.append(ExpertNorms(top.indices, size * top.values.softmax(dim=-1)))
-    return RouterMoments.from_logits(logits, valid, np.arange(SEQUENCES) % 2, TOP_K, norms if with_norms else ())
+    return moments_of_logits(logits, valid, np.arange(SEQUENCES) % 2, TOP_K, norms if with_norms else ())
 
 
 @pytest.fixture
@@ -204,7 +208,7 @@ def ranked_run(
         sources = {name: _moments(seed, with_norms=with_norms) for seed, name in enumerate(config.data.sources)}
         description = Description(
             base_fingerprint=fingerprint(micro_model),
-            tokenizer_sha256="none",
+            tokenizer_sha256=tokenizer_digest(AutoTokenizer.from_pretrained(micro_model)),
             sequence_length=LENGTH,
             layers=LAYERS,
             experts=EXPERTS,
@@ -215,3 +219,19 @@ def ranked_run(
         return config, layout, select(config, layout)
 
     return make
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Run the workers of `collect` here instead of on Ray, last item first; the rows they were called with."""
+    calls: list[dict[str, Any]] = []
+
+    def run(worker: Any, arguments: Any, items: Any, resources: Any, description: str, amount: Any = None) -> Any:
+        instance = worker(**arguments) if items else None
+        for row in reversed(items):
+            calls.append(row)
+            yield instance(row)
+
+    for module in (candidates, collect):
+        monkeypatch.setattr(module, "map_over_pool", run)
+    return calls

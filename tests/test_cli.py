@@ -72,6 +72,17 @@ def test_config_shows_values_and_origins(config_file: Path, capsys: pytest.Captu
     assert lines[position + 1] == "(override train.steps=9) optimiser steps"
 
 
+@pytest.mark.parametrize("verb", ["run", "collect", "convert", "precompute", "train", "evaluate"])
+def test_strict_is_the_same_as_its_field(verb: str, config_file: Path, monkeypatch) -> None:
+    seen: list[Config] = []
+    for name in ("run_pipeline", "run_single_stage"):
+        monkeypatch.setattr(f"nexus_ray.pipeline.{name}", lambda config, *_, **__: seen.append(config))
+    last = ["--until", "collect"] if verb == "run" else []
+    for arguments in ([], ["--strict"], ["data.strict=true"]):
+        assert run_command([verb, str(config_file), *last, *arguments]) == 0
+    assert [config.data.strict for config in seen] == [False, True, True]
+
+
 def test_keyboard_interrupt_is_130(config_file: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

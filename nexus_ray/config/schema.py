@@ -25,6 +25,7 @@ Initialisation = Annotated[
         pattern=r"^(top1_zero|zero|random|top1|top1_average|top4_average|lstsq|(pca|reap|aligned)_top(K|[1-9]\d*))$"
     ),
 ]
+_MIXTURE_TOLERANCE = 1e-6
 STAGES = ("collect", "select", "convert", "precompute", "train", "evaluate")
 
 
@@ -59,12 +60,20 @@ class ModelSection(Section):
 class SourceSection(Section):
     """One body of text: its training files and its held-out files, which no stage before evaluate opens."""
 
-    train: tuple[str, ...] = Field(description="files, globs or URIs of .jsonl, .txt or .parquet")
-    heldout: tuple[str, ...] = Field((), description="files that only `evaluate` reads")
+    train: tuple[str, ...] = Field(
+        description="files, globs or URIs of .jsonl, .txt or .parquet; directories of datasets' save_to_disk; "
+        "datasets://NAME?config=CONFIG&split=SPLIT"
+    )
+    heldout: tuple[str, ...] = Field((), description="the same, for text that only `evaluate` reads")
     role: Literal["domain", "retention"] = Field(
         "domain", description="domain: what to learn; retention: what must not get worse"
     )
-    text_field: str = Field("text", description="field that holds the text in .jsonl and .parquet rows")
+    text_field: str | None = Field(
+        None,
+        min_length=1,
+        description="field of a row that holds the text, before all forms that rows are known by; "
+        "default: a conversation in one of the usual forms, else `text`",
+    )
 
     @field_validator("train", "heldout", mode="before")
     @classmethod
@@ -82,37 +91,79 @@ class DataSection(Section):
         ge=1024,
         description="bytes of text a unit of parallel work; one Parquet file of targets each",
     )
+    strict: bool = Field(
+        False, description="fail at the first row that cannot be read; else such rows are left out and counted"
+    )
 
 
 class ResourcesSection(Section):
     """What Ray gives to each worker of a stage."""
 
     workers: int = Field(2, ge=1, description="workers of a stage")
+    min_workers: int | None = Field(
+        None, ge=1, description="a pool over text starts with as many and grows to `workers`; default: all at once"
+    )
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and torch threads, of a worker")
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of a worker; 0 runs on CPU")
     memory_gib_per_worker: float | None = Field(None, gt=0, description="memory that Ray reserves for a worker")
     max_failures: int = Field(2, ge=0, description="worker crashes that training recovers from by itself")
 
+    @model_validator(mode="after")
+    def _pool_can_grow(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) is more than workers ({self.workers})")
+        return self
+
 
 class CollectSection(Section):
-    """Router statistics."""
+    """Router statistics: on which text, and what is recorded."""
 
-    tokens_per_source: int = Field(
-        65_536, ge=1, description="calibration tokens of each source (whole sequences, rounded up per shard)"
+    tokens: int = Field(
+        196_608, ge=1, description="calibration tokens of all sources together (whole sequences, rounded up)"
     )
+    mixture: dict[str, Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None, description="share of the tokens that each source gives; default: equal shares of all sources"
+    )
+    sampling: Literal["coverage", "random"] = Field(
+        "coverage", description="coverage: the sequences that cover the vocabulary best; random: any"
+    )
+    candidates: int = Field(8, ge=1, description="sequences tokenised for each one chosen")
     batch_sequences: int = Field(8, ge=1, description="sequences of one forward pass")
+    unit_batches: int = Field(4, ge=1, description="batches of a unit of work, the most that a killed worker loses")
+    expert_norms: bool = Field(True, description="record what REAP needs: gate x output norm (packed experts only)")
+    export_probabilities: int = Field(
+        0, ge=0, description="tokens whose router probabilities are written to router_probs.npz, for other tools"
+    )
+
+    @model_validator(mode="after")
+    def _mixture_is_whole(self) -> Self:
+        if self.mixture is not None and abs(sum(self.mixture.values()) - 1) > _MIXTURE_TOLERANCE:
+            total = round(sum(self.mixture.values()), 6)
+            raise ValueError(f"mixture: the shares add up to {total}, not to 1")
+        return self
 
 
 class SelectSection(Section):
     """Which experts matter in each layer."""
 
-    method: Literal["pca", "usage", "reap"] = Field(
+    method: Literal["pca", "pca_variance", "usage", "gate_mass", "reap"] = Field(
         "pca",
-        description="pca: the reference formula; usage: selection count; reap: mean of gate x output norm over the "
-        "tokens an expert gets (needs packed experts)",
+        description="pca: the reference formula; pca_variance: variance in the leading components; usage: selection "
+        "count; gate_mass: sum of gate weights; reap: mean of gate x output norm over the tokens an expert gets "
+        "(needs packed experts)",
     )
-    top_k: int = Field(8, ge=1, description="experts kept per layer")
-    components: int = Field(20, ge=1, description="principal components in the pca score")
+    top_k: int = Field(8, ge=1, description="experts selected per layer, unless coverage is set")
+    coverage: float | None = Field(
+        None, gt=0, le=1, description="select as few experts of each layer as have this share of its score"
+    )
+    max_correlation: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="pass over an expert whose router probability is correlated more than this with a better one's; "
+        "default: none is passed over",
+    )
+    components: int = Field(20, ge=1, description="principal components in the pca and pca_variance scores")
     sources: tuple[str, ...] | None = Field(None, description="sources whose statistics count; default: the domain")
 
 
@@ -122,7 +173,7 @@ class ConvertSection(Section):
     initialisation: Initialisation = Field(
         "top1_zero",
         description="top1_zero: the most used expert with its down projection zeroed; zero; random; top1; "
-        "top1_average; top4_average; mean of the best K = select.top_k, or of the best 24: pca_topK, pca_top24 "
+        "top1_average; top4_average; mean of the K selected in a layer, or of the best 24: pca_topK, pca_top24 "
         "(by select.method), reap_topK (by REAP), aligned_topK (neurons matched first); lstsq: the most used "
         "expert, its down projection fitted to the routed output (use with scale=0.1)",
     )
@@ -138,7 +189,7 @@ class ConvertSection(Section):
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="storage type of the overlay's tensors")
     shard_bytes: int = Field(5_000_000_000, ge=1, description="most bytes of one file of the initial overlay")
     calibration_sequences: int = Field(
-        16, ge=1, description="training sequences of the domain that lstsq fits to, in one forward pass"
+        16, ge=1, description="calibration sequences of the domain that lstsq fits to, in one forward pass"
     )
     ridge: float = Field(1e-3, gt=0, description="penalty of lstsq, as a share of the features' mean variance")
 
@@ -279,8 +330,13 @@ class Config(Section):
     def _sources_exist(self) -> Self:
         _require_known(self.train.sources, self.data.sources, "train.sources")
         _require_known(self.select.sources or (), self.data.sources, "select.sources")
-        if not any(source.role == "domain" for source in self.data.sources.values()):
+        _require_known(self.collect.mixture or (), self.data.sources, "collect.mixture")
+        domain = tuple(name for name, source in self.data.sources.items() if source.role == "domain")
+        if not domain:
             raise ValueError("data.sources needs at least one source with role: domain")
+        for name in (self.select.sources or domain) if self.collect.mixture else ():
+            if name not in (self.collect.mixture or ()):
+                raise ValueError(f"collect.mixture leaves out {name!r}, whose statistics the selection needs")
         return self
 
 

@@ -2,17 +2,17 @@
 
 Gate and up projections are copied from the most used expert of the layer, so that the neurons are ones the model
 has learned. Down projection and bias are a ridge regression from these neurons' activations on the output of the
-whole MoE block. One forward pass of the frozen base over one batch of the domain's training text is enough: a layer is
-fitted and written as soon as its block has run. Memory is that of the base, one forward pass of the batch, and two
-float64 matrices of [width, width] and [width, hidden].
+whole MoE block. One forward pass of the frozen base over one batch of the domain's calibration text is enough: a
+layer is fitted and written as soon as its block has run. Memory is that of the base, one forward pass of the batch,
+and two float64 matrices of [width, width] and [width, hidden].
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,29 +24,38 @@ from nexus_ray.conversion.averaging import mean_expert
 from nexus_ray.conversion.least_squares import RidgeFit, RidgeSums
 from nexus_ray.conversion.plan import ConversionPlan
 from nexus_ray.conversion.width import resize
-from nexus_ray.data.packing import Batch, PackedSequence, batches, pack_shard
-from nexus_ray.data.sources import list_shards
-from nexus_ray.errors import DataError
+from nexus_ray.data.packing import Batch
+from nexus_ray.errors import ArtefactError
 from nexus_ray.families import ExpertWeights
 from nexus_ray.modeling.loading import LoadedModel, activation, load_base
 from nexus_ray.modeling.shared_expert import Activation
+from nexus_ray.router.calibration import Calibration
+from nexus_ray.router.candidates import CalibrationText
 
 logger = logging.getLogger(__name__)
 _TOKENS = 1024  # that are turned into features at once
 
 
-def fit_layers(config: Config, plan: ConversionPlan, emit: Callable[[int, ExpertWeights], None]) -> list[float]:
+def fit_layers(
+    config: Config, plan: ConversionPlan, calibration: Path, emit: Callable[[int, ExpertWeights], None]
+) -> list[float]:
     """Fit the shared expert of every layer; call `emit(layer, weights)` in layer order.
+
+    Args:
+        config: the run.
+        plan: which expert each layer starts from.
+        calibration: the run's calibration text.
+        emit: takes each layer's weights.
 
     Returns:
         For each layer the share of the variance of the block's output that the shared expert reproduces.
 
     Raises:
-        DataError: the domain's training text holds no token.
+        ArtefactError: the calibration text is missing or damaged.
         ModelError: the base is missing or damaged.
     """
     base = load_base(config.model)
-    batch = calibration_batch(config, base)
+    batch = calibration_batch(config, calibration)
     function = activation(base.family, base.config)
     generator = torch.Generator().manual_seed(config.run.seed)
     explained = []
@@ -65,19 +74,32 @@ def fit_layers(config: Config, plan: ConversionPlan, emit: Callable[[int, Expert
     return explained
 
 
-def calibration_batch(config: Config, base: LoadedModel) -> Batch:
-    """`convert.calibration_sequences` training sequences, spread evenly over the domain sources and their shards.
+def calibration_batch(config: Config, path: Path) -> Batch:
+    """`convert.calibration_sequences` of the run's calibration text, at even distances in each domain source.
+
+    Args:
+        config: the run.
+        path: of the calibration text that `collect` chose.
 
     Raises:
-        DataError: there is no text.
+        ArtefactError: it is missing, damaged or holds no domain source.
     """
-    domain = [name for name, source in config.data.sources.items() if source.role == "domain"]
+    sources = Calibration.load(path).sources
+    domain = [name for name in sources if config.data.sources[name].role == "domain"]
+    if not domain:
+        raise ArtefactError(f"{path} holds no text of a domain source", "run `nexus-ray collect CONFIG` again")
     each = math.ceil(config.convert.calibration_sequences / len(domain))
-    by_source = [_sequences(config, base, name, each) for name in domain]
-    chosen = [sequence for group in by_source for sequence in group][: config.convert.calibration_sequences]
-    if not chosen:
-        raise DataError(f"no calibration text in the domain sources {', '.join(domain)}", "add text to data.sources")
-    return next(batches(chosen, len(chosen)))
+    chosen = [_spread(sources[name], each).batch() for name in domain]
+    rows = slice(config.convert.calibration_sequences)
+    return Batch(
+        np.concatenate([batch.input_ids for batch in chosen])[rows],
+        np.concatenate([batch.num_tokens for batch in chosen])[rows],
+    )
+
+
+def _spread(text: CalibrationText, count: int) -> CalibrationText:
+    """`count` sequences at even distances, or all there are."""
+    return text if len(text) <= count else text.take(np.arange(count) * len(text) // count)
 
 
 def fit_down(expert: ExpertWeights, function: Activation, inputs: Tensor, outputs: Tensor, ridge: float) -> RidgeFit:
@@ -102,16 +124,6 @@ def fit_down(expert: ExpertWeights, function: Activation, inputs: Tensor, output
 
 def _with_down(expert: ExpertWeights, fit: RidgeFit) -> ExpertWeights:
     return ExpertWeights(expert.gate_up, expert.gate_up_bias, fit.weight.float().cpu(), fit.bias.float().cpu())
-
-
-def _sequences(config: Config, base: LoadedModel, source: str, count: int) -> Sequence[PackedSequence]:
-    """The first sequences of evenly spaced shards of a source, `count` in all where it has as many."""
-    shards = list_shards(config.data, "train", (source,))
-    spread = [shards[number * len(shards) // count] for number in range(count)] if len(shards) > count else shards
-    each = math.ceil(count / len(spread))
-    length = config.data.sequence_length
-    chosen = [list(islice(pack_shard(shard, base.tokenizer, length), each)) for shard in spread]
-    return [sequence for group in chosen for sequence in group][:count]
 
 
 @torch.no_grad()

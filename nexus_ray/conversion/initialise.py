@@ -59,7 +59,7 @@ def convert(config: Config, layout: RunLayout) -> OverlayConfig:
         if plan.description.initialisation == "lstsq":
             from nexus_ray.conversion.fitting import fit_layers
 
-            explained = fit_layers(config, plan, emit)
+            explained = fit_layers(config, plan, layout.calibration, emit)
         else:
             _make_layers(config, plan, emit)
     write_json(layout.conversion, _record(plan, explained, time.monotonic() - started))

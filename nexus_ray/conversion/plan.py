@@ -16,7 +16,7 @@ from nexus_ray.config import Config
 from nexus_ray.errors import ArtefactError, ConfigError, ModelError
 from nexus_ray.families import ExpertParts, MoeDimensions, MoeFamily, family_of
 from nexus_ray.layout import RunLayout
-from nexus_ray.selection.selection import ExpertRanking, Selection
+from nexus_ray.selection.record import ExpertRanking, Selection
 
 _WITHOUT_EXPERTS = ("zero", "random")
 _MOST_USED = ("top1", "top1_zero", "lstsq")
@@ -73,14 +73,14 @@ def plan_conversion(config: Config, layout: RunLayout) -> ConversionPlan:
     )
 
 
-def experts_to_average(method: str, ranking: ExpertRanking, layer: int, top_k: int) -> list[int]:
+def experts_to_average(method: str, ranking: ExpertRanking, layer: int) -> list[int]:
     """The routed experts of `layer` that the shared expert is made from, best first; empty for `zero` and `random`.
 
     Args:
         method: `convert.initialisation`.
-        ranking: experts by usage, importance and saliency.
+        ranking: experts by usage, importance and saliency; K of `pca_topK`, `aligned_topK` and `reap_topK` is the
+            layer's count in it.
         layer: layer index.
-        top_k: K of `pca_topK`, `aligned_topK` and `reap_topK`.
 
     Raises:
         ArtefactError: `reap_topK` without saliencies.
@@ -94,7 +94,7 @@ def experts_to_average(method: str, ranking: ExpertRanking, layer: int, top_k: i
     if method == "top4_average":
         return list(ranking.used[layer][:4])
     order, _, count = method.partition("_top")
-    return list(_ranked(order, ranking)[layer][: top_k if count == "K" else int(count)])
+    return list(_ranked(order, ranking)[layer][: ranking.counts[layer] if count == "K" else int(count)])
 
 
 def plan_table(plan: ConversionPlan) -> Table:
@@ -147,18 +147,17 @@ def _choose_experts(
     method = description.initialisation
     if method in _WITHOUT_EXPERTS:
         return [[] for _ in range(dimensions.layers)]
-    _check_count(method, config.select.top_k, dimensions.experts)
+    _check_count(method, dimensions.experts)
     ranking = _ranking(Selection.load(layout.selection), dimensions, description.base_fingerprint)
-    return [experts_to_average(method, ranking, layer, config.select.top_k) for layer in range(dimensions.layers)]
+    return [experts_to_average(method, ranking, layer) for layer in range(dimensions.layers)]
 
 
-def _check_count(method: str, top_k: int, experts: int) -> None:
+def _check_count(method: str, experts: int) -> None:
     count = method.partition("_top")[2]
-    wanted = top_k if count == "K" else int(count) if count.isdigit() else 1
-    if wanted > experts:
+    if count.isdigit() and int(count) > experts:
         raise ConfigError(
-            f"convert.initialisation is {method}, which takes {wanted} experts, but a layer has {experts} experts",
-            f"use at most {experts} experts" + (" (select.top_k)" if count == "K" else ""),
+            f"convert.initialisation is {method}, which takes {count} experts, but a layer has {experts} experts",
+            f"use at most {experts} experts",
         )
 
 

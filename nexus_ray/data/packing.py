@@ -15,9 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from nexus_ray.data.sources import Document, Shard, read_documents
-from nexus_ray.errors import DataError
+from nexus_ray.data.documents import OnUnreadable, read_documents, refuse
+from nexus_ray.data.row_forms import Document
+from nexus_ray.data.sources import Shard
+from nexus_ray.errors import DataError, ModelError
 
+_USUAL_KEYS = frozenset(
+    {"role", "content", "thinking", "reasoning_content", "name", "type", "id", "function", "arguments", "tool_calls"}
+)
 # A macro of this name takes the place of the global function that templates ask for the current date.
 _PINNED_DATE = "{%- macro strftime_now(format) -%}2025-01-01{%- endmacro -%}"
 
@@ -72,7 +77,8 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, document: Document) -> l
     """Token ids of a document. Conversations go through the model's own chat template; text that looks like a
     special token stays text."""
     if document.messages is not None:
-        return encode_messages(tokenizer, list(document.messages), pin_date=True)
+        tools = list(document.tools) if document.tools else None
+        return encode_messages(tokenizer, list(document.messages), tools=tools, pin_date=True)
     return list(tokenizer.encode(document.text or "", add_special_tokens=False, split_special_tokens=True))
 
 
@@ -80,6 +86,7 @@ def encode_messages(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     *,
+    tools: list[dict[str, Any]] | None = None,
     prompt: bool = False,
     pin_date: bool = False,
 ) -> list[int]:
@@ -88,18 +95,22 @@ def encode_messages(
     Args:
         tokenizer: the tokenizer that carries the template.
         messages: role and content, in order.
+        tools: functions that the assistant may call, as JSON schemas.
         prompt: end with the header of the assistant's next turn.
         pin_date: let the template print a fixed date, so that training data is the same on every day.
 
     Raises:
-        DataError: there is no template, or it refuses the messages.
+        DataError: the template refuses the messages.
+        ModelError: there is no template.
     """
     template = tokenizer.chat_template
     if not isinstance(template, str):
-        raise DataError("the tokenizer has no chat template", "add chat_template.jinja to the model directory")
+        raise ModelError("the tokenizer has no chat template", "add chat_template.jinja to the model directory")
+    _refuse_control_tokens_in_keys(tokenizer, [messages, tools])
     try:
         ids = tokenizer.apply_chat_template(
             messages,
+            tools=tools,
             chat_template=_PINNED_DATE + template if pin_date else template,
             add_generation_prompt=prompt,
             return_dict=False,
@@ -108,6 +119,25 @@ def encode_messages(
     except Exception as error:  # jinja raises whatever the template asks for
         raise DataError(f"the chat template refuses the messages: {error}") from error
     return list(ids)
+
+
+def _refuse_control_tokens_in_keys(tokenizer: PreTrainedTokenizerBase, value: Any) -> None:
+    """Templates print the keys of a call's arguments, which the tokenizer, unlike values, does not neutralise."""
+    keys = set(_keys(value)) - _USUAL_KEYS
+    tokens = tokenizer.get_added_vocab() if keys else {}
+    for key in sorted(keys):
+        if any(token in key for token in tokens):
+            raise DataError(f"the field name {key!r} holds a control token", "rename the field")
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """Names of all fields in a JSON value, however deep."""
+    if isinstance(value, dict):
+        yield from map(str, value)
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
+            yield from _keys(inner)
 
 
 def pack(token_lists: Iterable[list[int]], length: int, separator: int) -> Iterator[PackedSequence]:
@@ -131,10 +161,29 @@ def pack(token_lists: Iterable[list[int]], length: int, separator: int) -> Itera
         yield PackedSequence(padded, len(pending))
 
 
-def pack_shard(shard: Shard, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[PackedSequence]:
-    """Read, tokenise and pack one shard."""
-    documents = (encode_document(tokenizer, document) for document in read_documents(shard))
-    return pack(documents, length, separator_id(tokenizer))
+def pack_shard(
+    shard: Shard, tokenizer: PreTrainedTokenizerBase, length: int, on_unreadable: OnUnreadable | None = None
+) -> Iterator[PackedSequence]:
+    """Read, tokenise and pack one shard.
+
+    Args:
+        shard: what to read.
+        tokenizer: of the model.
+        length: tokens of a sequence.
+        on_unreadable: called with an error that names the place, for each row that cannot be read or that the chat
+            template refuses; the row is passed over. Without it the first such error is raised.
+    """
+    return pack(_encoded(shard, tokenizer, on_unreadable or refuse), length, separator_id(tokenizer))
+
+
+def _encoded(shard: Shard, tokenizer: PreTrainedTokenizerBase, on_unreadable: OnUnreadable) -> Iterator[list[int]]:
+    for document in read_documents(shard, on_unreadable):
+        try:
+            ids = encode_document(tokenizer, document)
+        except DataError as error:
+            on_unreadable(DataError(f"{document.place}: {error.message}", error.hint))
+            continue
+        yield ids
 
 
 def batches(sequences: Iterable[PackedSequence], size: int) -> Iterator[Batch]:

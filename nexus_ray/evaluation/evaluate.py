@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from nexus_ray.cluster import map_over_pool, set_worker_threads
 from nexus_ray.config import Config, EvaluateSection
 from nexus_ray.data.packing import Batch, batches, pack_shard, token_byte_lengths
 from nexus_ray.data.sources import Shard, list_shards
+from nexus_ray.data.unreadable import UnreadableRows
 from nexus_ray.errors import ArtefactError, ConfigError, DataError
-from nexus_ray.evaluation.drift import DriftSums, router_drift
+from nexus_ray.evaluation.drift import DriftSums
 from nexus_ray.evaluation.perplexity import (
     Interval,
     PairedLosses,
@@ -31,7 +32,10 @@ from nexus_ray.evaluation.perplexity import (
     target_bytes,
     token_perplexity,
 )
+from nexus_ray.evaluation.routers import MomentsPair, PairedRouters
 from nexus_ray.layout import RunLayout
+from nexus_ray.router.comparison import as_rows
+from nexus_ray.router.moments import HALVES
 
 logger = logging.getLogger(__name__)
 _LARGEST_NATS = 700.0  # per token; past it a perplexity is no finite number
@@ -45,9 +49,10 @@ def evaluate(config: Config, layout: RunLayout) -> dict[str, Any]:
         layout: its paths; the trained overlay must exist.
 
     Returns:
-        {source: {role, sequences, tokens, bytes, base, student, ratio, nats_difference, router_drift}} as it
-        stands in `report.json`. `base` and `student` hold token_perplexity, confidence_interval,
-        bits_per_byte and nats_per_token; every confidence_interval is [low, high].
+        {source: {role, unreadable_rows, sequences, tokens, bytes, base, student, ratio, nats_difference,
+        router_drift, router_change}} as it stands in `report.json`. `base` and `student` hold token_perplexity,
+        confidence_interval, bits_per_byte and nats_per_token; every confidence_interval is [low, high];
+        `router_change` holds the figures of `router/comparison.py`.
 
     Raises:
         ConfigError: no source has held-out text.
@@ -58,10 +63,26 @@ def evaluate(config: Config, layout: RunLayout) -> dict[str, Any]:
         raise ArtefactError(f"no trained overlay at {layout.overlay}", "run `nexus-ray train CONFIG`")
     shards = list_shards(config.data, "heldout", _sources_with_heldout(config))
     limits = _sequence_limits(shards, config.evaluate.max_sequences_per_source)
-    items = [shard.as_row() | {"limit": limit} for shard, limit in zip(shards, limits, strict=True) if limit != 0]
+    read = [(shard, limit) for shard, limit in zip(shards, limits, strict=True) if limit != 0]
+    halves = _halves([shard for shard, _ in read])
+    items = [shard.as_row() | {"limit": limit, "half": halves[shard.index]} for shard, limit in read]
     worker = {"config": config, "overlay": layout.overlay}
     rows = map_over_pool(PairedScorer, worker, items, config.resources, "evaluate")
-    return _merge(shards, {row["shard"]: row for row in rows}, config)
+    return _merge([shard for shard, _ in read], rows, config)
+
+
+def _halves(shards: Sequence[Shard]) -> dict[int, int]:
+    """The half, 0 or 1, that each shard's router moments count for: every other one of a source.
+
+    -1 for the only shard of a source, whose sequences alternate.
+    """
+    sources = Counter(shard.source for shard in shards)
+    seen: Counter[str] = Counter()
+    halves = {}
+    for shard in shards:
+        halves[shard.index] = seen[shard.source] % HALVES if sources[shard.source] > 1 else -1
+        seen[shard.source] += 1
+    return halves
 
 
 def _sources_with_heldout(config: Config) -> tuple[str, ...]:
@@ -104,22 +125,24 @@ class PairedScorer:
         self.byte_lengths = token_byte_lengths(self.student.tokenizer)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Score one shard row; returns lists of plain numbers, one a sequence or one a layer."""
-        limit = row["limit"]
-        shard = Shard(**{name: value for name, value in row.items() if name != "limit"})
+        """Score one shard row; returns lists of plain numbers, one a sequence or one a layer, and moments as bytes."""
+        limit, half = row["limit"], int(row["half"])
+        shard = Shard(**{name: value for name, value in row.items() if name not in ("limit", "half")})
+        unreadable = UnreadableRows(self.config.data.strict)
         parts = []
-        drift = DriftSums.zero(self.student.dimensions.layers)
-        for batch in self._batches(shard, limit):
-            losses, moved = self._score(batch)
+        routers = PairedRouters.zero(self.student.dimensions)
+        for batch in self._batches(shard, limit, unreadable):
+            losses, moved = self._score(batch, half)
             parts.append(losses)
-            drift += moved
-        return _as_row(shard.index, PairedLosses.concatenate(parts), drift)
+            routers += moved
+        return _as_row(shard.index, PairedLosses.concatenate(parts), routers) | unreadable.as_row()
 
-    def _batches(self, shard: Shard, limit: int | None) -> Iterator[Batch]:
-        sequences = pack_shard(shard, self.student.tokenizer, self.config.data.sequence_length)
+    def _batches(self, shard: Shard, limit: int | None, unreadable: UnreadableRows) -> Iterator[Batch]:
+        length = self.config.data.sequence_length
+        sequences = pack_shard(shard, self.student.tokenizer, length, unreadable.handler)
         return batches(itertools.islice(sequences, limit), self.config.evaluate.batch_sequences)
 
-    def _score(self, batch: Batch) -> tuple[PairedLosses, DriftSums]:
+    def _score(self, batch: Batch, half: int) -> tuple[PairedLosses, PairedRouters]:
         with self.student.base():
             logits, base_router = self.student.forward_batch(batch)
         base_nats = sequence_nats(logits, batch)
@@ -131,12 +154,15 @@ class PairedScorer:
             batch.is_target.sum(axis=1),
             target_bytes(batch, self.byte_lengths),
         )
+        sequences = len(batch.num_tokens)
+        halves = np.full(sequences, half) if half >= 0 else np.arange(sequences) % HALVES
         top_k = self.student.dimensions.experts_per_token
-        return losses, router_drift(base_router, student_router, torch.from_numpy(batch.valid), top_k)
+        return losses, PairedRouters.of(base_router, student_router, batch.valid, halves, top_k)
 
 
-def _as_row(shard: int, losses: PairedLosses, drift: DriftSums) -> dict[str, Any]:
-    """One shard's sums as a Ray Data row of plain lists."""
+def _as_row(shard: int, losses: PairedLosses, routers: PairedRouters) -> dict[str, Any]:
+    """One shard's sums as a Ray Data row of plain lists and bytes."""
+    drift = routers.drift
     return {
         "shard": shard,
         "base_nats": losses.base_nats.tolist(),
@@ -147,6 +173,8 @@ def _as_row(shard: int, losses: PairedLosses, drift: DriftSums) -> dict[str, Any
         "kl": drift.kl.tolist(),
         "l1": drift.l1.tolist(),
         "top_k_overlap": drift.top_k_overlap.tolist(),
+        "base_moments": routers.base.to_bytes(),
+        "student_moments": routers.student.to_bytes(),
     }
 
 
@@ -164,22 +192,44 @@ def _drift_of(row: dict[str, Any]) -> DriftSums:
     return DriftSums(int(row["drift_tokens"]), kl, l1, overlap)
 
 
-def _merge(shards: list[Shard], rows: dict[int, dict[str, Any]], config: Config) -> dict[str, Any]:
+def _merge(shards: Sequence[Shard], rows: Iterable[dict[str, Any]], config: Config) -> dict[str, Any]:
     """Results by source; within a source the shards are joined in their own order, not in order of arrival."""
-    by_source: dict[str, list[dict[str, Any]]] = {shard.source: [] for shard in shards}
+    order: dict[str, list[int]] = {}
     for shard in shards:
-        if shard.index in rows:
-            by_source[shard.source].append(rows[shard.index])
-    return {source: _source_result(source, rows, config) for source, rows in by_source.items()}
+        order.setdefault(shard.source, []).append(shard.index)
+    source_of = {shard.index: shard.source for shard in shards}
+    change = {source: MomentsPair(numbers) for source, numbers in order.items()}
+    arrived = {}
+    for row in rows:
+        index = int(row["shard"])
+        change[source_of[index]].add(index, row.pop("base_moments"), row.pop("student_moments"))
+        arrived[index] = row
+    by_source = {source: [arrived[index] for index in numbers] for source, numbers in order.items()}
+    unreadable = _report_unreadable(by_source, config)
+    return {
+        source: _source_result(source, results, unreadable.total(source), config)
+        | {"router_change": as_rows(change[source].compare())}
+        for source, results in by_source.items()
+    }
 
 
-def _source_result(source: str, rows: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+def _report_unreadable(by_source: dict[str, list[dict[str, Any]]], config: Config) -> UnreadableRows:
+    unreadable = UnreadableRows(config.data.strict)
+    for source, rows in by_source.items():
+        for row in rows:
+            unreadable.add_row(source, row)
+    empty = [source for source, rows in by_source.items() if not any(len(row["targets"]) for row in rows)]
+    unreadable.warn("heldout", without_text=empty)
+    return unreadable
+
+
+def _source_result(source: str, rows: list[dict[str, Any]], unreadable: int, config: Config) -> dict[str, Any]:
     losses = PairedLosses.concatenate([_losses_of(row) for row in rows])
     _check(source, losses, config)
     drifts = [_drift_of(row) for row in rows]
     drift = sum(drifts[1:], start=drifts[0])
     role = config.data.sources[source].role
-    return {"role": role} | summarise(losses, drift, config.evaluate, config.run.seed)
+    return {"role": role, "unreadable_rows": unreadable} | summarise(losses, drift, config.evaluate, config.run.seed)
 
 
 def _check(source: str, losses: PairedLosses, config: Config) -> None:

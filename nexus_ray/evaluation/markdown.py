@@ -104,13 +104,16 @@ def _drift(report: dict[str, Any], figures: dict[str, str]) -> list[str]:
                 f"{_mean(l1):.4f}",
                 f"{100 * _mean(overlap):.1f} %",
                 f"{100 * min(overlap):.1f} % (layer {overlap.index(min(overlap))})",
+                *_usage_change(result["router_change"]),
             ]
         )
-    header = ["source", "KL, nats", "largest KL", "L1", "same experts", "fewest same"]
+    header = ["source", "KL, nats", "largest KL", "L1", "same experts", "fewest same", "usage moved", "halves differ"]
     note = (
         "The routers are frozen, but their inputs move. Means over layers and tokens; KL(base || student) and L1 are "
         "between full router distributions; *same experts* is the share of the base's selected experts that the "
-        "student selects too. Layers count from 0."
+        "student selects too. *Usage moved* is the share of selections that went to other experts than in the base "
+        "(total variation); *halves differ* is the same between two halves of the text for the base alone, for scale. "
+        "Layers count from 0."
     )
     return [
         "## Router drift",
@@ -118,6 +121,14 @@ def _drift(report: dict[str, Any], figures: dict[str, str]) -> list[str]:
         note,
         *_figure(figures, "drift", "Router drift by layer"),
     ]
+
+
+def _usage_change(change: dict[str, list[float | None]]) -> list[str]:
+    """Means over the layers of the usage that moved, and of what two halves of the text differ by."""
+    moved, halves = (
+        [value for value in change[name] if value is not None] for name in ("usage_distance", "halves_distance")
+    )
+    return [f"{100 * _mean(moved):.1f} %", f"{100 * _mean(halves):.1f} %" if halves else "unknown"]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -150,15 +161,17 @@ def _selection(selection: dict[str, Any] | None) -> list[str]:
             _percent(layer.get("share")),
             _percent(layer.get("null_share")),
             _percent(layer.get("split_half_overlap")),
-            _percent(selection.get("chance_overlap")),
+            _percent(layer.get("chance_overlap")),
+            layer.get("verdict", "unknown"),
         ]
         for index, layer in enumerate(layers)
     ]
-    header = ["layer", "selected experts, best first", "share of score", "no structure", "stable", "by chance"]
+    header = ["layer", "experts, best first", "share of score", "no structure", "repeated", "by chance", "verdict"]
     note = (
         f"Experts selected by `{selection.get('method', 'unknown')}` on the training text. *Share of score* is what "
-        "they have of their layer's score, *no structure* the same under a null model without structure; *stable* is "
-        "the share selected again from either half of the text, *by chance* what random selections have in common."
+        "they have of their layer's score, *no structure* the same under a null model without structure; *repeated* is "
+        "the share selected again from either half of the text, *by chance* what random selections have in common. "
+        "selection.md says more."
     )
     return [note, _table(header, rows)]
 

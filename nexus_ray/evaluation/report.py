@@ -25,8 +25,8 @@ from nexus_ray.storage import write_json, write_text
 from nexus_ray.training.metrics import read_metrics
 
 FORMAT_VERSION = 1
-_SELECTION_KEYS = ("method", "top_k", "num_experts", "sources", "chance_overlap")
-_LAYER_KEYS = ("selected", "share", "null_share", "split_half_overlap")
+_SELECTION_KEYS = ("method", "top_k", "num_experts", "sources")
+_LAYER_KEYS = ("selected", "share", "null_share", "split_half_overlap", "chance_overlap", "verdict")
 
 
 def evaluate_and_report(config: Config, layout: RunLayout) -> dict[str, Any]:

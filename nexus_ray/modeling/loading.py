@@ -79,6 +79,16 @@ class LoadedModel:
         logits, router_logits = self.forward(input_ids, valid)
         return logits.float(), router_logits.float()
 
+    @torch.no_grad()
+    def route_batch(self, batch: Batch) -> Tensor:
+        """Router logits [sequences, length, layers, experts] of a packed batch; the LM head is not computed."""
+        input_ids = torch.from_numpy(batch.input_ids).long().to(self.device)
+        valid = torch.from_numpy(batch.valid).long().to(self.device)
+        with self.recording_routers() as records:
+            self.model.base_model(input_ids=input_ids, attention_mask=valid, use_cache=False)
+        layers = torch.stack(records, dim=1)
+        return layers.view(*input_ids.shape, *layers.shape[1:])
+
     @contextmanager
     def recording_routers(self) -> Iterator[list[Tensor]]:
         """Collect each layer's router logits [tokens, experts], in layer order, of one forward pass."""

@@ -14,11 +14,13 @@ from nexus_ray.config import Config
 from nexus_ray.planning.conversion import convert_needs
 from nexus_ray.planning.needs import Part, Phase, StageNeeds, phase
 from nexus_ray.planning.sizes import ModelSizes
-from nexus_ray.planning.storage import target_bytes_per_token
+from nexus_ray.planning.storage import moments_bytes, target_bytes_per_token
 from nexus_ray.planning.text import SourceText
 from nexus_ray.planning.training import training_needs
 from nexus_ray.planning.worker import FLOAT32, Worker, vocabulary_part
 
+_LIVE_MOMENTS = 3  # of a unit so far, of a batch, and merged
+_LIVE_ROWS = 4  # probabilities, centred ones, selections, gates
 _SHARD_COPIES = 2  # of a shard's targets while they are written
 
 
@@ -27,7 +29,7 @@ def stage_needs(config: Config, sizes: ModelSizes, text: Mapping[str, SourceText
     worker = Worker.of(config, sizes, text)
     workers, overlay = config.resources.workers, worker.overlay_loading()
     stages = [
-        worker.stage("collect", workers, *_inference(worker, config.collect.batch_sequences, student=False)),
+        worker.stage("collect", workers, *_observation(worker)),
         convert_needs(worker),
         worker.stage("precompute", workers, *_precompute(worker)),
         training_needs(worker),
@@ -37,6 +39,15 @@ def stage_needs(config: Config, sizes: ModelSizes, text: Mapping[str, SourceText
         worker.stage("serve", config.serve.replicas, *_serving(worker), host=overlay),
     ]
     return [stage for stage in stages if stage.phases]
+
+
+def _observation(worker: Worker) -> list[Phase]:
+    """The layers at work, without the head; then one layer's probabilities and the moments of a batch and of a unit."""
+    sequences, dimensions = worker.config.collect.batch_sequences, worker.sizes.dimensions
+    rows = sequences * worker.config.data.sequence_length * dimensions.experts * FLOAT32
+    moments = Part("moments", _LIVE_MOMENTS * moments_bytes(worker.sizes) + _LIVE_ROWS * rows, "in float64")
+    forward = worker.forward(sequences)
+    return [phase("layers", *worker.fixed(), forward), phase("moments", *worker.fixed(), moments, forward)]
 
 
 def _inference(worker: Worker, sequences: int, *, student: bool) -> list[Phase]:

@@ -42,15 +42,29 @@ def checkpoint_bytes(overlay: OverlaySize) -> int:
     return 3 * overlay.trained * _FLOAT32
 
 
-def _moments_bytes(sizes: ModelSizes) -> int:
-    """Router moments of one source or shard, in two halves: a covariance and a few vectors a layer, in float64."""
+def moments_bytes(sizes: ModelSizes) -> int:
+    """Router moments of one source or unit (`router/moments.py`).
+
+    In two halves, a layer each: two triangular matrices and three vectors over the experts, eight bytes a value.
+    """
     experts = sizes.dimensions.experts
-    return _HALVES * sizes.dimensions.layers * (experts * experts + 4 * experts) * _FLOAT64
+    return _HALVES * sizes.dimensions.layers * (experts * (experts + 1) + 3 * experts) * _FLOAT64
 
 
-def _sequences_collected(config: Config) -> int:
-    """Of each source; a shard gives at least one."""
-    return ceil(config.collect.tokens_per_source / config.data.sequence_length)
+def _collection_parts(config: Config, sizes: ModelSizes) -> tuple[Part, ...]:
+    """The statistics, what they are made from, and the parts that they are merged from."""
+    section, dimensions = config.collect, sizes.dimensions
+    sources = len(section.mixture or config.data.sources)
+    sequences = ceil(section.tokens / config.data.sequence_length) + _HALVES * sources
+    units = sources + sequences // (section.batch_sequences * section.unit_batches)
+    exported = section.export_probabilities * dimensions.layers * dimensions.experts * _FLOAT16
+    parts = (
+        Part("calibration text", sequences * config.data.sequence_length * _ID, f"about {section.tokens:,} tokens"),
+        Part("router statistics", sources * moments_bytes(sizes)),
+        Part("statistics of units", units * moments_bytes(sizes), f"of {units:,} units, while they are collected"),
+        Part("router probabilities", 2 * exported, "exported, and their parts"),
+    )
+    return tuple(part for part in parts if part.size)
 
 
 def storage_parts(
@@ -59,10 +73,8 @@ def storage_parts(
     """What the run directory holds at its fullest."""
     checkpoint, keep = checkpoint_bytes(overlay), config.train.keep_checkpoints
     tokens = sum(source.tokens for source in text.values())
-    shards = sum(min(source.shards, _sequences_collected(config)) for source in text.values())
     return (
-        Part("router statistics", len(config.data.sources) * _moments_bytes(sizes)),
-        Part("statistics of shards", shards * _moments_bytes(sizes), f"of {shards:,} shards, while they are collected"),
+        *_collection_parts(config, sizes),
         Part("overlays", 2 * overlay.stored_bytes, f"initial and trained, {config.convert.dtype}"),
         Part("targets", target_bytes(config, sizes, text), f"about {tokens:,} tokens, before compression"),
         Part("recovery checkpoints", (keep + 1) * checkpoint, f"{keep} kept, one more while it is written"),

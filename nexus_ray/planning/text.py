@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,10 @@ import fsspec
 from tokenizers import Tokenizer
 
 from nexus_ray.config import Config
-from nexus_ray.data.sources import Shard, list_shards, read_documents
+from nexus_ray.data import hub_datasets
+from nexus_ray.data.documents import read_documents
+from nexus_ray.data.references import is_reference
+from nexus_ray.data.sources import Shard, is_on_the_hub, list_shards, text_size
 from nexus_ray.errors import DataError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -36,27 +40,23 @@ class SourceText:
 
 
 def measure_text(config: Config) -> dict[str, SourceText]:
-    """Size of the training text of each trained source; a source whose files are missing is left out, with a warning.
+    """Size of the training text of each trained source; a source whose text is not here is left out, with a warning.
 
-    Files of Parquet count compressed, so their tokens are a lower bound.
+    Files of Parquet count compressed, so their tokens are a lower bound. A dataset on the hub is not downloaded.
     """
     tokenizer = _tokenizer(config.model.path)
     found = {}
     for name in config.train.sources:
         try:
-            shards = list_shards(config.data, "train", (name,))
-            ratio = _tokens_per_byte(shards[0], tokenizer)
+            with hub_datasets.downloaded_only() if is_on_the_hub(config.data.sources[name]) else nullcontext():
+                shards = list_shards(config.data, "train", (name,))
+                ratio = _tokens_per_byte(shards[0], tokenizer)
+                size = sum(text_size(path) for path in {shard.path for shard in shards})
         except DataError as error:
             logger.warning("%s: its targets are not planned for", error.message)
             continue
-        size = sum(_file_size(path) for path in {shard.path for shard in shards})
         found[name] = SourceText(size, len(shards), int(size * ratio))
     return found
-
-
-def _file_size(path: str) -> int:
-    filesystem, plain = fsspec.core.url_to_fs(path)
-    return int(filesystem.size(plain) or 0)
 
 
 def _tokenizer(model: Path) -> Tokenizer | None:
@@ -71,7 +71,8 @@ def _tokenizer(model: Path) -> Tokenizer | None:
 
 def _tokens_per_byte(shard: Shard, tokenizer: Tokenizer | None) -> float:
     """Tokens a byte of file, from the first documents of a shard."""
-    texts = [_text(document.text, document.messages) for document in islice(read_documents(shard), _SAMPLE_DOCUMENTS)]
+    documents = islice(read_documents(shard, lambda _: None), _SAMPLE_DOCUMENTS)
+    texts = [_text(document.text, document.messages) for document in documents]
     text = "".join(texts)
     sample = text[:_SAMPLE_CHARACTERS]
     if tokenizer is None or not sample:
@@ -81,7 +82,10 @@ def _tokens_per_byte(shard: Shard, tokenizer: Tokenizer | None) -> float:
 
 
 def _share_of_text(shard: Shard, documents: int, text_bytes: int) -> float:
-    """Bytes of text a byte of file: below 1 for lines of JSON, which hold names, quotes and escapes too."""
+    """Bytes of text a byte of file: below 1 for lines of JSON, which hold names, quotes and escapes too, and for rows
+    of a dataset, which hold other fields."""
+    if is_reference(shard.path):
+        return text_bytes / hub_datasets.size(shard.path, range(shard.start, shard.start + documents))
     if not shard.path.endswith(".jsonl"):
         return 1.0
     with fsspec.open(shard.path, "rb") as file:

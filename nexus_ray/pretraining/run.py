@@ -12,6 +12,7 @@ from nexus_ray.checkpoints.quantised_export import export_mxfp4
 from nexus_ray.config import ModelSection, PretrainRun
 from nexus_ray.data.packing import Batch, batches, pack_shard, token_byte_lengths
 from nexus_ray.data.sources import describe_files, list_shards
+from nexus_ray.data.unreadable import UnreadableRows
 from nexus_ray.errors import ConfigError, ModelError
 from nexus_ray.evaluation.perplexity import bits_per_byte, sequence_nats, target_bytes, token_perplexity
 from nexus_ray.layout import RunLayout
@@ -78,12 +79,13 @@ def export(run: PretrainRun, layout: RunLayout) -> Path:
     loaded = load_base(ModelSection(path=section.output, device="cpu"))
     quantised = loaded.model
     assert isinstance(quantised, GptOssForCausalLM)
+    unreadable = UnreadableRows(run.data.strict)
     report = {
         "steps": state["step"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "validation_loss_nats": state["best"],
-        "heldout_before_mxfp4": heldout_perplexity(run, model.float().eval()),
-        "heldout_after_mxfp4": heldout_perplexity(run, quantised),
+        "heldout_before_mxfp4": heldout_perplexity(run, model.float().eval(), unreadable),
+        "heldout_after_mxfp4": heldout_perplexity(run, quantised, unreadable),
     }
     write_json(section.output / _REPORT, report)
     logger.info("exported %s: %s", section.output, report)
@@ -91,18 +93,28 @@ def export(run: PretrainRun, layout: RunLayout) -> Path:
 
 
 @torch.no_grad()
-def heldout_perplexity(run: PretrainRun, model: GptOssForCausalLM) -> dict[str, dict[str, float]]:
-    """Token perplexity and bits per byte of each source that has held-out text."""
+def heldout_perplexity(
+    run: PretrainRun, model: GptOssForCausalLM, unreadable: UnreadableRows
+) -> dict[str, dict[str, float]]:
+    """Token perplexity and bits per byte of each source that has held-out text.
+
+    Raises:
+        DataError: no row of a source can be read, or not every one when the run is strict.
+    """
     tokenizer = AutoTokenizer.from_pretrained(run.pretrain.tokenizer)
     lengths = token_byte_lengths(tokenizer)
     results = {}
     for name in (name for name, source in run.data.sources.items() if source.heldout):
         nats = targets = size = 0.0
         for shard in list_shards(run.data, "heldout", (name,)):
-            for batch in batches(pack_shard(shard, tokenizer, run.data.sequence_length), _BATCH_SEQUENCES):
+            found = UnreadableRows(run.data.strict)
+            packed = pack_shard(shard, tokenizer, run.data.sequence_length, found.handler)
+            for batch in batches(packed, _BATCH_SEQUENCES):
                 nats += float(sequence_nats(_logits(model, batch), batch).sum())
                 targets += float(batch.is_target.sum())
                 size += float(target_bytes(batch, lengths).sum())
+            unreadable.add_row(name, {"shard": shard.index, **found.as_row()})
+        unreadable.warn("heldout", without_text=() if targets else (name,))
         results[name] = {
             "token_perplexity": token_perplexity(nats, targets),
             "bits_per_byte": bits_per_byte(nats, size),

@@ -1,222 +1,240 @@
-"""Collecting router statistics: the frozen base reads calibration text, each shard leaves its exact moments.
+"""Collecting router statistics: a pool of frozen models reads the calibration text and leaves exact moments.
 
-A shard's moments are kept as a part until the stage ends, so a killed job continues, and the parts are merged in
-shard order, so the artefact has the same bytes for any number of workers.
+The text is cut into units of a few batches each. A unit's batches are the same whoever computes them; its moments are
+kept as a part until the stage ends, so a killed job continues; and the parts are merged in the order of the units.
+So the artefact has the same bytes for any number of workers.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections import Counter
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import reduce
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
-import fsspec
-import numpy as np
-
-from nexus_ray.checkpoints.fingerprint import fingerprint
+from nexus_ray.checkpoints.fingerprint import fingerprint, full_sha256
 from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.cluster import map_over_pool, set_worker_threads
 from nexus_ray.config import Config
-from nexus_ray.data.packing import Batch, batches, pack_shard
-from nexus_ray.data.sources import Shard, list_shards
-from nexus_ray.errors import DataError
+from nexus_ray.data.vocabulary import tokenizer_digest
 from nexus_ray.families import family_of
 from nexus_ray.layout import RunLayout
-from nexus_ray.modeling.loading import load_base, load_tokenizer
+from nexus_ray.modeling.loading import LoadedModel, load_base, load_student, load_tokenizer
 from nexus_ray.modeling.packed_experts import ExpertNorms
 from nexus_ray.parts import Parts
-from nexus_ray.router.artefact import FORMAT_VERSION, Description, RouterStatistics
-from nexus_ray.router.moments import HALVES, RouterMoments
+from nexus_ray.router.accumulate import moments_of_logits
+from nexus_ray.router.artefact import Description, RouterStatistics
+from nexus_ray.router.calibration import Calibration, choose_calibration
+from nexus_ray.router.candidates import CalibrationText
+from nexus_ray.router.moments import RouterMoments
+from nexus_ray.router.probabilities import ProbabilityRows, save_probabilities
 from nexus_ray.storage import digest
-from nexus_ray.targets.precompute import tokenizer_digest
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ShardWork:
-    """What is read of one shard.
+class Unit:
+    """A piece of work: some calibration sequences of one source.
 
     Attributes:
-        shard: the shard.
-        sequences: how many of its sequences, from its start, are read at most.
-        half: the half that its first sequence belongs to; the others alternate.
+        index: position among all units; results are merged in this order.
+        source: name of the source.
+        start: first of its calibration sequences.
+        stop: one past the last.
+        export: leading tokens whose probabilities are written out.
     """
 
-    shard: Shard
-    sequences: int
-    half: int
-
-    def as_row(self) -> dict[str, Any]:
-        """The work as a Ray Data row."""
-        return {"shard": self.shard.as_row(), "sequences": self.sequences, "half": self.half}
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any]) -> ShardWork:
-        """The inverse of `as_row`."""
-        return cls(Shard(**row["shard"]), int(row["sequences"]), int(row["half"]))
+    index: int
+    source: str
+    start: int
+    stop: int
+    export: int = 0
 
 
-def collect(config: Config, layout: RunLayout) -> dict[str, RouterMoments]:
-    """Write the router statistics of every source's training text, continuing what an interrupted call left.
+def collect(config: Config, layout: RunLayout, overlay: Path | None = None) -> RouterStatistics:
+    """Write the router statistics of every source, continuing what an interrupted call left.
 
-    Returns:
-        The moments by source.
+    Args:
+        config: the run.
+        layout: its paths.
+        overlay: directory of an overlay: the routers of the student are observed instead of the base's.
 
     Raises:
         ModelError: the base model is missing or damaged.
+        ArtefactError: the overlay is missing, damaged or of another base.
         DataError: a source is missing or unreadable, or the router gives NaN.
         StorageError: the file system refused.
     """
     started = time.monotonic()
-    description = _describe(config)
-    work = plan_work(config)
-    parts = Parts(layout.router_stats.with_name("router_stats.partial"), ".safetensors")
-    parts.begin(_recipe(config, description, work))
-    collected = _run(config, parts, work)
-    _log_speed(collected, time.monotonic() - started)
-    sources = _merge_parts(parts, work, description)
-    tokens = {name: moments.tokens for name, moments in sources.items()}
-    statistics = RouterStatistics(description.model_copy(update={"tokens": tokens}), sources)
-    statistics.save(layout.router_stats)
+    calibration = choose_calibration(config, layout.calibration)
+    output = layout.router_stats if overlay is None else layout.student_router_stats
+    description = _describe(config, calibration, overlay)
+    units = plan_units(config, calibration)
+    parts = Parts(output.with_name(output.stem + ".partial"), ".safetensors")
+    parts.begin(_recipe(config, description, calibration, units))
+    read = _run(config, parts, units, layout.calibration, overlay)
+    _log_speed(read, time.monotonic() - started)
+    if config.collect.export_probabilities:
+        exporting = [parts.path(unit) for unit in units if unit.export]
+        save_probabilities(layout.router_probabilities, exporting, description, config.model.path.name)
+    statistics = RouterStatistics(description, _merge_parts(parts, units, description))
+    statistics.save(output)
     parts.discard()
-    return sources
+    return statistics
 
 
-def plan_work(config: Config) -> list[ShardWork]:
-    """The shards to read: `collect.tokens_per_source` spread evenly over the shards of each source.
+def plan_units(config: Config, calibration: Calibration) -> list[Unit]:
+    """Cut every source's calibration sequences into units, the probabilities to export spread over the sources."""
+    size = config.collect.batch_sequences * config.collect.unit_batches
+    units: list[Unit] = []
+    for number, (name, text) in enumerate(calibration.sources.items()):
+        wanted, left = divmod(config.collect.export_probabilities, len(calibration.sources))
+        wanted += number < left
+        for start in range(0, len(text), size):
+            stop = min(start + size, len(text))
+            export = min(wanted, int(text.num_tokens[start:stop].sum()))
+            units.append(Unit(len(units), name, start, stop, export))
+            wanted -= export
+    return units
 
-    Each shard gives the same number of whole sequences, rounded up. A source of more shards than sequences gives
-    one sequence of each of as many shards as needed, at even distances.
+
+class StatisticsCollector:
+    """Actor that runs the model over units of calibration text and writes the moments of its routers.
+
+    Args:
+        config: the run.
+        parts: where moments are left.
+        calibration: the calibration text's file.
+        overlay: of the student; None observes the base.
     """
-    wanted = math.ceil(config.collect.tokens_per_source / config.data.sequence_length)
-    shards = list_shards(config.data, "train")
-    work = []
-    for name in config.data.sources:
-        chosen = _evenly_spaced([shard for shard in shards if shard.source == name], wanted)
-        each = math.ceil(wanted / len(chosen))
-        work += [ShardWork(shard, each, number % HALVES) for number, shard in enumerate(chosen)]
-    return work
 
-
-class ShardCollector:
-    """Actor that runs the base over the first sequences of a shard and writes the moments of its routers."""
-
-    def __init__(self, config: Config, parts: Parts) -> None:
+    def __init__(self, config: Config, parts: Parts, calibration: Path, overlay: Path | None) -> None:
         set_worker_threads(config.resources)
         self.config = config
         self.parts = parts
-        self.base = load_base(config.model)
+        self.calibration = Calibration.load(calibration)
+        self.model = load_base(config.model) if overlay is None else load_student(config.model, overlay)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Process one row of `ShardWork`."""
-        work = ShardWork.from_row(row)
-        moments = self._moments(work)
-        moments.save(self.parts.path(work.shard))
-        return {"source": work.shard.source, "tokens": moments.tokens}
-
-    def _moments(self, work: ShardWork) -> RouterMoments:
-        packed = pack_shard(work.shard, self.base.tokenizer, self.config.data.sequence_length)
-        moments = RouterMoments.empty(self.base.dimensions.layers, self.base.dimensions.experts)
-        first = 0
-        for batch in batches(islice(packed, work.sequences), self.config.collect.batch_sequences):
-            moments = moments.merge(self._batch_moments(batch, work, first))
-            first += len(batch.num_tokens)
-        return moments
-
-    def _recording_norms(self) -> AbstractContextManager[list[ExpertNorms]]:
-        """What packed experts add; dequantised ones, computed by transformers, do not say it."""
-        if self.config.model.experts == "packed":
-            return self.base.recording_expert_norms()
-        return nullcontext([])
-
-    def _batch_moments(self, batch: Batch, work: ShardWork, first: int) -> RouterMoments:
-        """Moments of a batch whose first sequence has number `first` in its shard."""
-        with self._recording_norms() as norms:
-            _, router_logits = self.base.forward_batch(batch)
-        half = (work.half + first + np.arange(len(batch.num_tokens))) % HALVES
-        try:
-            return RouterMoments.from_logits(
-                router_logits, batch.valid, half, self.base.dimensions.experts_per_token, norms
-            )
-        except DataError as error:
-            place = f"{work.shard.path}, shard {work.shard.index}, batch of sequences from {first}"
-            raise DataError(f"{place}: {error.message}", error.hint) from error
+        """Process one `Unit`; says when it began and ended, in seconds of this machine's clock."""
+        started = time.time()
+        unit = Unit(**row)
+        text = self.calibration.sources[unit.source].take(slice(unit.start, unit.stop))
+        names = text.places(self.calibration.description.shards)
+        exported = ProbabilityRows(unit.export)
+        moments = observe(self.model, text, self.config, names, exported)
+        exported.save(self.parts.path(unit))
+        moments.save(self.parts.path(unit))
+        return {"tokens": moments.tokens, "started": started, "ended": time.time()}
 
 
-def _run(config: Config, parts: Parts, work: list[ShardWork]) -> Counter[str]:
-    """Make the missing parts; return the tokens read of each source in this call."""
-    missing = {shard.index for shard in parts.missing([item.shard for item in work])}
-    rows = [item.as_row() for item in work if item.shard.index in missing]
-    arguments = {"config": config, "parts": parts}
-    tokens: Counter[str] = Counter()
-    for row in map_over_pool(ShardCollector, arguments, rows, config.resources, "collect router statistics"):
-        tokens[str(row["source"])] += int(row["tokens"])
-    return tokens
+def observe(
+    model: LoadedModel,
+    text: CalibrationText,
+    config: Config,
+    names: Sequence[str] = (),
+    exported: ProbabilityRows | None = None,
+) -> RouterMoments:
+    """Run the model over `text` in batches of `collect.batch_sequences`; moments of its routers.
+
+    Args:
+        model: base or student.
+        text: the sequences, each with its half.
+        config: the run.
+        names: of the sequences, for messages.
+        exported: takes the probabilities too.
+
+    Raises:
+        DataError: a router's logit is NaN or infinite; names layer and sequence.
+    """
+    dimensions, size = model.dimensions, config.collect.batch_sequences
+    records_norms = config.collect.expert_norms and config.model.experts == "packed"
+    moments = RouterMoments.empty(dimensions.layers, dimensions.experts)
+    for start in range(0, len(text), size):
+        rows = slice(start, start + size)
+        piece = text.take(rows)
+        batch = piece.batch()
+        with _recording_norms(model, records_norms) as norms:
+            logits = model.route_batch(batch)
+        moments = moments.merge(
+            moments_of_logits(logits, batch.valid, piece.half, dimensions.experts_per_token, norms, names[rows])
+        )
+        if exported is not None:
+            exported.add(logits, batch.valid)
+    return moments
 
 
-def _merge_parts(parts: Parts, work: list[ShardWork], description: Description) -> dict[str, RouterMoments]:
-    """Moments by source, parts merged in shard order."""
+def _recording_norms(model: LoadedModel, wanted: bool) -> AbstractContextManager[list[ExpertNorms]]:
+    return model.recording_expert_norms() if wanted else nullcontext([])
+
+
+def _run(config: Config, parts: Parts, units: Sequence[Unit], calibration: Path, overlay: Path | None) -> int:
+    """Make the missing parts; return the tokens read in this call."""
+    missing = parts.missing(units)
+    arguments = {"config": config, "parts": parts, "calibration": calibration, "overlay": overlay}
+    text = Calibration.load(calibration).sources
+    total = sum(int(text[unit.source].num_tokens[unit.start : unit.stop].sum()) for unit in missing)
+    rows = map_over_pool(
+        StatisticsCollector,
+        arguments,
+        [asdict(unit) for unit in missing],
+        config.resources,
+        "collect router statistics",
+        amount=("tokens", total),
+    )
+    return sum(int(row["tokens"]) for row in rows)
+
+
+def _merge_parts(parts: Parts, units: Sequence[Unit], description: Description) -> dict[str, RouterMoments]:
+    """Moments by source, parts merged in the order of the units."""
     sources = {}
-    for name in dict.fromkeys(item.shard.source for item in work):
-        loaded = (RouterMoments.load(parts.path(item.shard)) for item in work if item.shard.source == name)
+    for name in dict.fromkeys(unit.source for unit in units):
+        loaded = (RouterMoments.load(parts.path(unit)) for unit in units if unit.source == name)
         empty = RouterMoments.empty(description.layers, description.experts)
         sources[name] = reduce(RouterMoments.merge, loaded, empty)
     return sources
 
 
-def _describe(config: Config) -> Description:
+def _describe(config: Config, calibration: Calibration, overlay: Path | None) -> Description:
     model = read_model_config(config.model.path)
     dimensions = family_of(model).dimensions(model)
+    samples = calibration.description.samples
     return Description(
         base_fingerprint=fingerprint(config.model.path),
+        overlay_sha256=None if overlay is None else digest(full_sha256(overlay, stem="overlay")),
         tokenizer_sha256=tokenizer_digest(load_tokenizer(config.model.path, model)),
         sequence_length=config.data.sequence_length,
         layers=dimensions.layers,
         experts=dimensions.experts,
         experts_per_token=dimensions.experts_per_token,
-        tokens={},
+        tokens={name: sample.tokens for name, sample in samples.items()},
+        calibration=samples,
     )
 
 
-def _recipe(config: Config, description: Description, work: list[ShardWork]) -> str:
+def _recipe(config: Config, description: Description, calibration: Calibration, units: Sequence[Unit]) -> str:
     """Digest of everything that decides the bytes of the parts."""
     return digest(
         {
-            "format": FORMAT_VERSION,
             "description": description.model_dump(mode="json"),
+            "calibration": calibration.description.sha256,
             "model": config.model.model_dump(mode="json"),
             "batch_sequences": config.collect.batch_sequences,
+            "expert_norms": config.collect.expert_norms,
             "threads": config.resources.cpus_per_worker,
-            "work": [item.as_row() for item in work],
-            "files": {path: _file_version(path) for path in sorted({item.shard.path for item in work})},
+            "units": [asdict(unit) for unit in units],
         }
     )
 
 
-def _file_version(path: str) -> str:
-    """A token that changes when the file does: size and time of change, or what the store has in their place."""
-    filesystem, plain = fsspec.core.url_to_fs(path)
-    return str(filesystem.ukey(plain))
-
-
-def _evenly_spaced(shards: list[Shard], count: int) -> list[Shard]:
-    if len(shards) <= count:
-        return shards
-    return [shards[index * len(shards) // count] for index in range(count)]
-
-
-def _log_speed(tokens: Counter[str], seconds: float) -> None:
-    total = tokens.total()
-    if total:
-        by_source = ", ".join(f"{name} {count:,}" for name, count in sorted(tokens.items()))
+def _log_speed(tokens: int, seconds: float) -> None:
+    if tokens:
         logger.info(
-            "router statistics of %s tokens (%s) in %.0f s: %.0f tokens/s",
-            f"{total:,}", by_source, seconds, total / max(seconds, 1e-9),
+            "router statistics of %s tokens in %.0f s: %.0f tokens/s",
+            f"{tokens:,}", seconds, tokens / max(seconds, 1e-9),
         )  # fmt: skip

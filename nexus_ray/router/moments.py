@@ -4,43 +4,43 @@ Instead of the probabilities of every token, O(tokens * layers * experts), only 
 matrix are kept, O(layers * experts^2), and merged without error (Chan, Golub & LeVeque 1983, "Algorithms for
 computing the sample variance", The American Statistician 37(3); Stanford report STAN-CS-79-773, 1979).
 
-Everything is kept twice, for the packed sequences of even and of odd number, so that the stability of any
-conclusion can be checked on two halves of the text. Neighbouring sequences may share a document, so the halves are
-disjoint in tokens but not in documents.
+Everything is kept twice, for two halves of the text that share no document where there is more than one shard of it
+(`router/calibration.py`), so that the stability of any conclusion can be checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-from torch import Tensor
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
 
 from nexus_ray.errors import ArtefactError, DataError
-from nexus_ray.modeling.packed_experts import ExpertNorms
-from nexus_ray.storage import atomic_file
+from nexus_ray.router.files import REMAKE, Arrays, read_arrays, write_arrays
 
 HALVES = 2
+_Number = TypeVar("_Number", np.float64, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class RouterMoments:
     """Moments of the full softmax router probabilities of each layer, in P independent parts of the text.
 
-    P is 2, the halves, or 1 after `both_halves`.
+    P is 2, the halves, or 1 after `both_halves`. Symmetric matrices are kept as their upper triangle, row by row, of
+    pairs = experts (experts + 1) / 2 values (`pack_symmetric`).
 
     Attributes:
         count: [P] int64 tokens.
         mean: [P, layers, experts] float64 mean probability.
-        m2: [P, layers, experts, experts] float64 co-moment: the sum over tokens of (p - mean)(p - mean)^T.
-        selected: [P, layers, experts] int64 tokens for which the expert was among the top k.
+        m2: [P, layers, pairs] float64 co-moment: the sum over tokens of (p - mean)(p - mean)^T.
+        selected_together: [P, layers, pairs] int64 tokens for which both experts were among the top k; an expert
+            with itself: the tokens that selected it.
         gate_mass: [P, layers, experts] float64 sum of the expert's gate weights, renormalised over the top k.
         reap: [P, layers, experts] float64 sum, over the tokens for which the expert was selected, of gate weight x
             norm of the expert's output; NaN where outputs were not recorded.
@@ -49,7 +49,7 @@ class RouterMoments:
     count: NDArray[np.int64]
     mean: NDArray[np.float64]
     m2: NDArray[np.float64]
-    selected: NDArray[np.int64]
+    selected_together: NDArray[np.int64]
     gate_mass: NDArray[np.float64]
     reap: NDArray[np.float64]
 
@@ -60,50 +60,11 @@ class RouterMoments:
         return cls(
             count=np.zeros(HALVES, np.int64),
             mean=np.zeros(shape),
-            m2=np.zeros((*shape, experts)),
-            selected=np.zeros(shape, np.int64),
+            m2=np.zeros((HALVES, layers, experts * (experts + 1) // 2)),
+            selected_together=np.zeros((HALVES, layers, experts * (experts + 1) // 2), np.int64),
             gate_mass=np.zeros(shape),
             reap=np.zeros(shape),
         )
-
-    @classmethod
-    def from_logits(
-        cls,
-        router_logits: Tensor,
-        valid: NDArray[np.bool_],
-        half: NDArray[np.int64],
-        experts_per_token: int,
-        expert_norms: Sequence[ExpertNorms] = (),
-    ) -> Self:
-        """Moments of one batch, computed in float64 on the logits' device.
-
-        Args:
-            router_logits: [sequences, length, layers, experts] logits over all experts.
-            valid: [sequences, length] false on padding, which is not counted and may hold anything.
-            half: [sequences] 0 or 1, the half each sequence belongs to.
-            experts_per_token: how many experts the router selects.
-            expert_norms: what each layer's experts gave to the sequences * length tokens, padding included; empty
-                where it was not recorded.
-
-        Raises:
-            DataError: a logit or output of a valid token is NaN or infinite; names layer and sequence.
-        """
-        mask = torch.as_tensor(valid, device=router_logits.device)
-        _check_finite(router_logits, mask)
-        side = torch.as_tensor(half, device=router_logits.device)
-        chosen = [mask & (side == part)[:, None] for part in range(HALVES)]
-        rows = [router_logits[part] for part in chosen]
-        layers = range(router_logits.shape[2])
-        parts = [[_layer_moments(tokens[:, layer], experts_per_token) for layer in layers] for tokens in rows]
-        mean, m2, selected, gate_mass = (
-            np.stack([np.stack([moments[index] for moments in part]) for part in parts]) for index in range(4)
-        )
-        count = np.asarray([len(tokens) for tokens in rows], np.int64)
-        reap = np.full_like(gate_mass, np.nan)
-        if expert_norms:
-            experts = router_logits.shape[3]
-            reap = np.stack([[_summed_norms(norms, part, experts) for norms in expert_norms] for part in chosen])
-        return cls(count, mean, m2, selected.astype(np.int64), gate_mass, reap)
 
     @property
     def layers(self) -> int:
@@ -120,6 +81,12 @@ class RouterMoments:
         """Tokens of all parts together."""
         return int(self.count.sum())
 
+    @property
+    def selected(self) -> NDArray[np.int64]:
+        """[P, layers, experts] tokens for which the expert was among the top k."""
+        first, second = np.triu_indices(self.experts)
+        return self.selected_together[..., first == second]
+
     def merge(self, other: Self) -> Self:
         """Moments of both texts together, part by part; exact up to float64 rounding.
 
@@ -130,12 +97,13 @@ class RouterMoments:
         divisor = np.maximum(count, 1).astype(np.float64)
         delta = other.mean - self.mean
         shift = delta * (other.count / divisor)[:, None, None]
-        weight = (self.count / divisor * other.count)[:, None, None, None]
+        weight = (self.count / divisor * other.count)[:, None, None]
+        first, second = np.triu_indices(self.experts)
         return type(self)(
             count=count,
             mean=self.mean + shift,
-            m2=self.m2 + other.m2 + weight * delta[..., :, None] * delta[..., None, :],
-            selected=self.selected + other.selected,
+            m2=self.m2 + other.m2 + weight * delta[..., first] * delta[..., second],
+            selected_together=self.selected_together + other.selected_together,
             gate_mass=self.gate_mass + other.gate_mass,
             reap=self.reap + other.reap,
         )
@@ -163,14 +131,18 @@ class RouterMoments:
         if (self.count < 2).any():
             raise DataError(
                 f"router statistics of {self.count.tolist()} tokens have no covariance",
-                "add text or raise collect.tokens_per_source",
+                "add text or raise collect.tokens",
             )
-        return self.m2 / (self.count - 1)[:, None, None, None]
+        return unpack_symmetric(self.m2, self.experts) / (self.count - 1)[:, None, None, None]
+
+    def co_selection(self) -> NDArray[np.int64]:
+        """[P, layers, experts, experts] tokens for which both experts were selected."""
+        return unpack_symmetric(self.selected_together, self.experts)
 
     def usage(self) -> NDArray[np.float64]:
         """[P, layers, experts] share of the selections that went to each expert; a layer sums to 1."""
-        total = self.selected.sum(axis=-1, keepdims=True)
-        return self.selected / np.maximum(total, 1)
+        selected = self.selected
+        return selected / np.maximum(selected.sum(axis=-1, keepdims=True), 1)
 
     @property
     def has_reap(self) -> bool:
@@ -187,19 +159,28 @@ class RouterMoments:
         """
         if not self.has_reap:
             raise ArtefactError(
-                "the router statistics hold no expert output norms: the experts were dequantised",
-                "set model.experts=packed and run `nexus-ray run CONFIG --from collect`",
+                "the router statistics hold no expert output norms",
+                "set model.experts=packed, collect.expert_norms=true, and run `nexus-ray run CONFIG --from collect`",
             )
         return self.reap / np.maximum(self.selected, 1)
 
-    def arrays(self, prefix: str = "") -> dict[str, NDArray[np.generic]]:
+    def arrays(self, prefix: str = "") -> Arrays:
         """The fields as named arrays for a safetensors file, each name with `prefix` before it."""
-        return {prefix + field.name: np.ascontiguousarray(getattr(self, field.name)) for field in fields(self)}
+        return {prefix + field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, NDArray[np.generic]], prefix: str = "") -> Self:
+    def from_arrays(cls, arrays: Arrays, prefix: str = "") -> Self:
         """The inverse of `arrays`; a missing field raises KeyError."""
-        return cls(**{field.name: arrays[prefix + field.name] for field in fields(cls)})  # type: ignore[arg-type]
+        return cls(**{field.name: arrays[prefix + field.name] for field in fields(cls)})
+
+    def to_bytes(self) -> bytes:
+        """The fields in the safetensors format, for a message between processes."""
+        return bytes(save_arrays({name: np.ascontiguousarray(values) for name, values in self.arrays().items()}))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """The inverse of `to_bytes`."""
+        return cls.from_arrays(load_arrays(data))
 
     def save(self, path: Path) -> None:
         """Write one safetensors file atomically."""
@@ -219,60 +200,36 @@ class RouterMoments:
             raise ArtefactError(f"{path} holds no router moments: {error} is missing", REMAKE) from error
 
 
-_CHECK_BASE = "check the base model's weights, or try model.dtype=float32"
-REMAKE = "run `nexus-ray collect CONFIG` again"
+class OrderedMerge:
+    """Merges moments in a fixed order, whichever arrive first; holds only those that wait for an earlier one.
 
-
-def write_arrays(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
-    """Write named arrays as safetensors, atomically."""
-    with atomic_file(path) as temporary:
-        save_file(arrays, temporary)
-
-
-def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
-    """Read named arrays from a safetensors file.
-
-    Raises:
-        ArtefactError: the file is missing or damaged.
+    Args:
+        order: the numbers that `add` will be given, in the order of the merge.
+        empty: moments of no tokens.
     """
-    try:
-        return dict(load_file(path))
-    except FileNotFoundError as error:
-        raise ArtefactError(f"no router statistics at {path}", REMAKE) from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtefactError(f"the router statistics at {path} are damaged: {error}", REMAKE) from error
+
+    def __init__(self, order: Iterable[int], empty: RouterMoments) -> None:
+        self.merged = empty
+        self._left = deque(order)
+        self._waiting: dict[int, RouterMoments] = {}
+
+    def add(self, number: int, moments: RouterMoments) -> None:
+        """Take in the moments with this number."""
+        self._waiting[number] = moments
+        while self._left and self._left[0] in self._waiting:
+            self.merged = self.merged.merge(self._waiting.pop(self._left.popleft()))
 
 
-def _check_finite(router_logits: Tensor, valid: Tensor) -> None:
-    broken = valid[:, :, None] & ~torch.isfinite(router_logits).all(dim=-1)
-    if broken.any():
-        sequence, position, layer = torch.nonzero(broken)[0].tolist()
-        raise DataError(
-            f"router logits of layer {layer} are NaN or infinite in sequence {sequence}, token {position}",
-            _CHECK_BASE,
-        )
+def pack_symmetric(matrices: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[..., n, n] symmetric matrices -> [..., n (n + 1) / 2], their upper triangles row by row."""
+    first, second = np.triu_indices(matrices.shape[-1])
+    return matrices[..., first, second]
 
 
-def _summed_norms(norms: ExpertNorms, chosen: Tensor, experts: int) -> NDArray[np.float64]:
-    """[experts] sum of gate x output norm over the `chosen` [sequences, length] tokens."""
-    rows = chosen.flatten()
-    selected = norms.indices.to(chosen.device)[rows]
-    values = norms.contributions.to(chosen.device)[rows].double()
-    if not torch.isfinite(values).all():
-        raise DataError("an expert's output is NaN or infinite", _CHECK_BASE)
-    spread = torch.zeros(len(values), experts, dtype=torch.float64, device=chosen.device)
-    summed: NDArray[np.float64] = spread.scatter(1, selected, values).sum(dim=0).cpu().numpy()
-    return summed
-
-
-def _layer_moments(logits: Tensor, experts_per_token: int) -> tuple[NDArray[np.float64], ...]:
-    """(mean, m2, selected, gate_mass) of [tokens, experts] logits, which may be no tokens at all."""
-    probabilities = torch.softmax(logits.double(), dim=-1)
-    mean = probabilities.sum(dim=0) / max(len(logits), 1)
-    centred = probabilities - mean
-    top = logits.topk(experts_per_token, dim=-1)
-    # scatter and sum, not bincount: its atomic additions on a GPU have no fixed order
-    gates = torch.zeros_like(probabilities)
-    gate_mass = gates.scatter(1, top.indices, torch.softmax(top.values.double(), dim=-1)).sum(dim=0)
-    selected = gates.scatter(1, top.indices, 1.0).sum(dim=0)
-    return tuple(values.cpu().numpy() for values in (mean, centred.T @ centred, selected, gate_mass))
+def unpack_symmetric(packed: NDArray[_Number], size: int) -> NDArray[_Number]:
+    """The inverse of `pack_symmetric` for `size` x `size` matrices."""
+    first, second = np.triu_indices(size)
+    matrices = np.empty((*packed.shape[:-1], size, size), packed.dtype)
+    matrices[..., first, second] = packed
+    matrices[..., second, first] = packed
+    return matrices

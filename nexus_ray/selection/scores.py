@@ -1,4 +1,4 @@
-"""Scoring experts from router moments, and what the scores would be without any structure: pure functions."""
+"""Scoring and ranking experts: pure functions on arrays of one layer, or of many at once along leading dimensions."""
 
 from __future__ import annotations
 
@@ -8,99 +8,83 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-_NULL_DRAWS = 8
 
 
 @dataclass(frozen=True)
 class PrincipalComponents:
-    """Principal components of one layer's router probabilities.
+    """Principal components of router probabilities, most variance first.
 
     Attributes:
-        components: [components, experts] unit vectors, most variance first; the sign is arbitrary.
-        explained_variance_ratio: [components] share of the total variance.
-        total_variance: sum of the variances of all experts.
+        components: [..., experts, experts] unit vectors, one a row; the sign is arbitrary.
+        variances: [..., experts] variance along each.
     """
 
     components: Floats
-    explained_variance_ratio: Floats
-    total_variance: float
+    variances: Floats
+
+    @property
+    def total_variance(self) -> Floats:
+        """[...] sum of the variances of all experts."""
+        return self.variances.sum(axis=-1)
+
+    @property
+    def explained_variance_ratio(self) -> Floats:
+        """[..., experts] share of the total variance; zero where there is no variance."""
+        total = self.total_variance[..., None]
+        return np.divide(self.variances, total, out=np.zeros_like(self.variances), where=total > 0)
 
 
-def principal_components(covariance: Floats, components: int) -> PrincipalComponents:
-    """Eigenvectors of a covariance [experts, experts]: what sklearn's PCA finds in the probabilities themselves.
-
-    More components than experts gives as many as there are experts.
-    """
+def principal_components(covariance: Floats) -> PrincipalComponents:
+    """Eigenvectors of covariances [..., experts, experts]: what PCA finds in the probabilities themselves."""
     values, vectors = np.linalg.eigh(covariance)
-    values = np.clip(values[::-1], 0.0, None)
-    total = float(values.sum())
-    ratio = values[:components] / total if total > 0 else np.zeros_like(values[:components])
-    return PrincipalComponents(vectors[:, ::-1].T[:components], ratio, total)
+    return PrincipalComponents(vectors[..., ::-1].swapaxes(-1, -2), np.clip(values[..., ::-1], 0.0, None))
 
 
-def pca_scores(covariance: Floats, components: int) -> Floats:
-    """[experts] sum over the first components i of |component_i[e]| * explained_variance_ratio_i (NEXUS v0.1.0).
+def pca_scores(principal: PrincipalComponents, components: int) -> Floats:
+    """[..., experts] sum over the first components i of |component_i[e]| * explained_variance_ratio_i (NEXUS v0.1.0).
 
-    The total in the ratio is the variance of all experts, not of the first components only.
+    The total in the ratio is the variance of all experts, not of the first components only. More components than
+    experts gives as many as there are experts.
     """
-    principal = principal_components(covariance, components)
-    return principal.explained_variance_ratio @ np.abs(principal.components)
+    ratio = principal.explained_variance_ratio[..., :components, None]
+    return (np.abs(principal.components[..., :components, :]) * ratio).sum(axis=-2)
 
 
-def usage_scores(selected: NDArray[np.int64]) -> Floats:
-    """[experts] share of the router's selections, from selection counts [experts]."""
-    return selected / max(int(selected.sum()), 1)
+def pca_variance_scores(principal: PrincipalComponents, components: int) -> Floats:
+    """[..., experts] sum over the first components i of component_i[e]^2 * variance_i.
+
+    This is the part of the expert's variance that lies in these components, and with all of them its variance: so
+    shares of it add up to the variance they explain (the communalities of factor analysis; Jolliffe 2002,
+    "Principal Component Analysis", 7.1).
+    """
+    variances = principal.variances[..., :components, None]
+    return (np.square(principal.components[..., :components, :]) * variances).sum(axis=-2)
 
 
-def rank_experts(scores: Floats) -> list[int]:
-    """Experts by falling score; of equal scores the lower number first."""
-    return [int(expert) for expert in np.argsort(-scores, kind="stable")]
+def rank_experts(scores: Floats, *, higher_first: bool = False) -> list[int]:
+    """Experts by falling score [experts]; of equal scores the lower number first, or the higher."""
+    order = np.arange(len(scores))[:: -1 if higher_first else 1]
+    return [int(expert) for expert in order[np.argsort(-scores[order], kind="stable")]]
+
+
+def cumulative_shares(scores: Floats) -> Floats:
+    """[..., experts] share of the sum of scores that the best 1, 2, ... have; scores that are all zero are equal."""
+    ordered = -np.sort(-scores, axis=-1)
+    ordered = np.where(ordered.sum(axis=-1, keepdims=True) > 0, ordered, 1.0)
+    cumulative = ordered.cumsum(axis=-1)
+    shares: Floats = cumulative / cumulative[..., -1:]
+    return shares
 
 
 def top_share(scores: Floats, top_k: int) -> float:
-    """Fraction of the sum of all scores that the best `top_k` have; scores that are all zero count as equal."""
+    """Share of the sum of all scores [experts] that the best `top_k` have; all of it where there are no more."""
+    return float(cumulative_shares(scores)[min(top_k, len(scores)) - 1])
+
+
+def share_of(scores: Floats, experts: list[int]) -> float:
+    """Share of the sum of all scores [experts] that the named experts have; scores that are all zero are equal."""
     total = scores.sum()
-    if total <= 0:
-        return min(top_k / len(scores), 1.0)
-    return float(np.sort(scores)[::-1][:top_k].sum() / total)
-
-
-def pca_null_share(variances: Floats, tokens: int, components: int, top_k: int, seed: int) -> float:
-    """`top_share` of the pca score when experts are independent and keep their variances.
-
-    This is what shuffling each expert's probabilities among the tokens would give, without needing them: for
-    independent columns the sample covariance of n tokens is Wishart(diag(variances), n - 1) / (n - 1), drawn
-    here by its Cholesky factor (Bartlett 1933; Anderson 2003, "Multivariate Statistical Analysis", 7.2) and
-    averaged over eight draws. The plain diagonal, the limit of infinite text, is no substitute: its components are
-    single experts, so that fewer components than `top_k` would always give 1.
-
-    Args:
-        variances: [experts] of the probabilities.
-        tokens: number of tokens, more than experts.
-        components: principal components in the score.
-        top_k: experts selected.
-        seed: of the draws.
-    """
-    generator = np.random.default_rng(seed)
-    shares = [
-        top_share(pca_scores(_wishart(variances, tokens - 1, generator), components), top_k) for _ in range(_NULL_DRAWS)
-    ]
-    return float(np.mean(shares))
-
-
-def _wishart(variances: Floats, freedom: int, generator: np.random.Generator) -> Floats:
-    """A draw of Wishart(diag(variances), freedom) / freedom."""
-    size = len(variances)
-    factor = np.tril(generator.standard_normal((size, size)), -1)
-    factor[np.diag_indices(size)] = np.sqrt(generator.chisquare(freedom - np.arange(size)))
-    factor *= np.sqrt(variances)[:, None]
-    return factor @ factor.T / freedom
-
-
-def overlap(first: Floats, second: Floats, top_k: int) -> float:
-    """Fraction of the best `top_k` by one score that are among the best `top_k` by the other."""
-    common = set(rank_experts(first)[:top_k]) & set(rank_experts(second)[:top_k])
-    return len(common) / top_k
+    return float(scores[experts].sum() / total) if total > 0 else len(experts) / len(scores)
 
 
 def effective_experts(scores: Floats) -> float:

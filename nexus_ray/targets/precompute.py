@@ -7,7 +7,6 @@ written.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from nexus_ray.cluster import map_over_pool, set_worker_threads
 from nexus_ray.config import Config, DataSection, ModelSection, ResourcesSection, TargetsSection
 from nexus_ray.data.packing import Batch, batches, pack_shard
 from nexus_ray.data.sources import Shard, list_shards
+from nexus_ray.data.unreadable import UnreadableRows
+from nexus_ray.data.vocabulary import tokenizer_digest
 from nexus_ray.errors import DataError
 from nexus_ray.layout import RunLayout
 from nexus_ray.parts import Parts
@@ -111,7 +112,8 @@ def precompute(job: PrecomputeJob, output: Path, resources: ResourcesSection) ->
     for _ in map_over_pool(ShardWriter, arguments, missing, resources, "precompute targets"):
         pass
     records = [read_json(parts.path(shard), what="shard record", hint="run again") for shard in shards]
-    manifest = _manifest(job, records)
+    _report_unreadable(job, shards, records)
+    manifest = _manifest(job, [record["file"] for record in records])
     _check_enough_text(manifest, job)
     manifest.save(parts.directory)
     parts.finish()
@@ -136,7 +138,8 @@ class ShardWriter:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Process one shard row; the small record it leaves beside the file says that the file is complete."""
         shard = Shard(**row)
-        columns = self._columns(shard)
+        unreadable = UnreadableRows(self.job.data.strict)
+        columns = self._columns(shard, unreadable)
         path = self.parts.path(shard).with_suffix(".parquet")
         write_rows(path, columns)
         record = TargetFile(
@@ -147,14 +150,15 @@ class ShardWriter:
             bytes=path.stat().st_size,
             sha256=sha256_file(path),
         )
-        write_json(self.parts.path(shard), record.model_dump())
+        write_json(self.parts.path(shard), {"file": record.model_dump(), **unreadable.as_row()})
         return {"shard": shard.index, "tokens": record.tokens}
 
-    def _columns(self, shard: Shard) -> dict[str, list[Any]]:
+    def _columns(self, shard: Shard, unreadable: UnreadableRows) -> dict[str, list[Any]]:
         plan = self.job.teacher
         size = plan.targets.batch_sequences if plan else 64
         columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-        for batch in batches(pack_shard(shard, self.tokenizer, self.job.data.sequence_length), size):
+        packed = pack_shard(shard, self.tokenizer, self.job.data.sequence_length, unreadable.handler)
+        for batch in batches(packed, size):
             for name, values in self._batch_columns(batch, shard.source).items():
                 columns[name] += list(values)
         return columns
@@ -180,6 +184,15 @@ class ShardWriter:
 _COLUMNS = ("source", "input_ids", "num_tokens", "top_ids", "top_log_probs", "tail_log_prob", "router_logits")
 
 
+def _report_unreadable(job: PrecomputeJob, shards: list[Shard], records: list[dict[str, Any]]) -> None:
+    """Warn of rows that were left out, those of an interrupted call among them."""
+    unreadable = UnreadableRows(job.data.strict)
+    for shard, record in zip(shards, records, strict=True):
+        unreadable.add_row(shard.source, {"shard": shard.index, **record})
+    read = {shard.source for shard, record in zip(shards, records, strict=True) if record["file"]["tokens"]}
+    unreadable.warn("train", without_text=set(job.names) - read)
+
+
 def _manifest(job: PrecomputeJob, records: list[dict[str, Any]]) -> Manifest:
     tokenizer = AutoTokenizer.from_pretrained(job.tokenizer)
     plan = job.teacher
@@ -192,12 +205,6 @@ def _manifest(job: PrecomputeJob, records: list[dict[str, Any]]) -> Manifest:
         teacher_sources=tuple(sorted(plan.sources)) if plan else (),
         files=tuple(TargetFile.model_validate(record) for record in records),
     )
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the vocabulary: the same digest means the same ids for the same tokens."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
 
 
 def _check_enough_text(manifest: Manifest, job: PrecomputeJob) -> None:

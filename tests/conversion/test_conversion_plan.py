@@ -12,12 +12,13 @@ from nexus_ray.config import load_config, save_config
 from nexus_ray.conversion.plan import experts_to_average, plan_conversion
 from nexus_ray.errors import ArtefactError, ConfigError, ModelError
 from nexus_ray.layout import RunLayout
-from nexus_ray.selection.selection import ExpertRanking
+from nexus_ray.selection.record import ExpertRanking
 
 RANKING = ExpertRanking(
     used=[[3, 1, 0, 2, 4, 5, 6, 7], [2, 6, 1, 0, 3, 4, 5, 7]],
     important=[[7, 6, 5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5, 6, 7]],
     used_overall=6,
+    counts=[3, 5],
     reap=[[5, 2, 0, 1, 3, 4, 6, 7], [1, 0, 2, 3, 4, 5, 6, 7]],
 )
 
@@ -41,7 +42,37 @@ RANKING = ExpertRanking(
     ],
 )
 def test_experts_of_each_method(method, expected):
-    assert experts_to_average(method, RANKING, layer=0, top_k=3) == expected
+    assert experts_to_average(method, RANKING, layer=0) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [("pca_topK", [0, 1, 2, 3, 4]), ("aligned_topK", [0, 1, 2, 3, 4]), ("reap_topK", [1, 0, 2, 3, 4])],
+)
+def test_k_is_how_many_the_layer_selects(method, expected):
+    assert experts_to_average(method, RANKING, layer=1) == expected
+
+
+def test_layers_of_different_k_are_read_and_paid_for_as_selected(ranked_run):
+    config, layout, selection = ranked_run(
+        **{"convert.initialisation": "pca_topK", "select.method": "pca_variance", "select.coverage": 0.7}
+    )
+    plan = plan_conversion(config, layout)
+    assert [list(layer) for layer in plan.experts] == [list(layer.selected) for layer in selection.layers]
+    first, second = map(len, plan.experts)
+    assert first != second
+    assert plan.expert_bytes[0] * second == plan.expert_bytes[1] * first
+
+
+def test_experts_passed_over_come_last_in_what_is_averaged(ranked_run):
+    config, layout, selection = ranked_run(
+        **{"convert.initialisation": "pca_top6", "select.max_correlation": 0.0, "select.top_k": 2}
+    )
+    passed_over = [set(layer.passed_over) for layer in selection.layers]
+    assert all(passed_over)
+    for experts, last in zip(plan_conversion(config, layout).experts, passed_over, strict=True):
+        kept = [expert for expert in experts if expert not in last]
+        assert list(experts[: len(kept)]) == kept
 
 
 def test_reap_without_saliencies_says_how_to_get_them(ranked_run):

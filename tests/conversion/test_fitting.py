@@ -2,7 +2,6 @@
 
 import json
 import logging
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -16,20 +15,35 @@ from nexus_ray.conversion.fitting import calibration_batch
 from nexus_ray.conversion.initialise import convert
 from nexus_ray.data.packing import pack_shard
 from nexus_ray.data.sources import list_shards
+from nexus_ray.errors import ArtefactError
 from nexus_ray.modeling.loading import load_base
+from nexus_ray.router.calibration import Calibration, choose_calibration
 
 SEQUENCES, RIDGE = 400, 0.01  # more sequences than there are: every shard to its padded end
 
 
 @pytest.fixture
-def lstsq_run(ranked_run):
-    return ranked_run(
+def fitting_run(ranked_run, in_process):
+    """A function as `ranked_run` whose run has its calibration text too."""
+
+    def make(**overrides):
+        config, layout, selection = ranked_run(**overrides)
+        choose_calibration(config, layout.calibration)
+        return config, layout, selection
+
+    return make
+
+
+@pytest.fixture
+def lstsq_run(fitting_run):
+    return fitting_run(
         **{
             "convert.initialisation": "lstsq",
             "convert.calibration_sequences": SEQUENCES,
             "convert.ridge": RIDGE,
             "convert.dtype": "float32",
             "model.dtype": "float32",
+            "collect.tokens": 1_000_000,
         }
     )
 
@@ -59,12 +73,11 @@ def test_down_projection_is_the_ridge_regression_on_the_routed_output(lstsq_run,
     record = json.loads((layout.conversion).read_text())
     stock = GptOssForCausalLM.from_pretrained(micro_model, dtype=torch.float32).requires_grad_(False).eval()
     base = load_base(config.model)
-    batch = calibration_batch(config, base)
+    batch = calibration_batch(config, layout.calibration)
     assert not batch.valid.all()  # else padding is not tested
     shards = list_shards(config.data, "train", ("play",))
-    each = -(-SEQUENCES // len(shards))
-    packed = [list(islice(pack_shard(shard, base.tokenizer, 64), each)) for shard in shards]
-    sequences = [sequence for group in packed for sequence in group][:SEQUENCES]
+    sequences = [sequence for shard in shards for sequence in pack_shard(shard, base.tokenizer, 64)]
+    assert len(sequences) == len(batch.num_tokens)
     for layer in range(2):
         inputs, outputs = blocks_of_sequences(stock, sequences, layer)
         features = features_of(stock.model.layers[layer].mlp.experts, selection.ranking().used[layer][0], inputs)
@@ -87,22 +100,23 @@ def test_the_log_says_how_much_is_explained(lstsq_run, caplog, monkeypatch):
     assert "layer 1: the fit explains" in caplog.text
 
 
-def test_other_widths_are_fitted_too(ranked_run, micro_model):
+def test_other_widths_are_fitted_too(fitting_run, micro_model):
     for width in (24, 80):
-        config, layout, _ = ranked_run(**{"convert.initialisation": "lstsq", "convert.width": width})
+        config, layout, _ = fitting_run(**{"convert.initialisation": "lstsq", "convert.width": width})
         convert(config, layout)
         _, tensors = load_overlay(layout.initial_overlay, fingerprint(micro_model))
         assert tensors["layers.1.down_proj.weight"].shape == (64, width)
 
 
-def test_calibration_text_is_of_the_domain_only_and_as_long_as_asked(ranked_run):
-    config, _, _ = ranked_run(**{"convert.calibration_sequences": 5})
-    base = load_base(config.model)
-    batch = calibration_batch(config, base)
-    assert batch.input_ids.shape == (5, 64)
-    prose = {
-        tuple(sequence.input_ids)
-        for shard in list_shards(config.data, "train", ("prose",))
-        for sequence in pack_shard(shard, base.tokenizer, 64)
-    }
-    assert not prose & {tuple(row) for row in batch.input_ids}
+def test_the_text_is_of_the_domain_only_as_long_as_asked_and_spread_over_the_calibration_text(fitting_run):
+    config, layout, _ = fitting_run(**{"convert.calibration_sequences": 5})
+    batch = calibration_batch(config, layout.calibration)
+    play = Calibration.load(layout.calibration).sources["play"].input_ids
+    np.testing.assert_array_equal(batch.input_ids, play[[number * len(play) // 5 for number in range(5)]])
+
+
+def test_without_calibration_text_the_message_says_how_to_get_it(ranked_run):
+    config, layout, _ = ranked_run(**{"convert.initialisation": "lstsq"})
+    with pytest.raises(ArtefactError, match="calibration text") as caught:
+        convert(config, layout)
+    assert "nexus-ray collect" in str(caught.value.hint)

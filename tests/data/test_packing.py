@@ -21,8 +21,9 @@ from nexus_ray.data.packing import (
     separator_id,
     token_byte_lengths,
 )
-from nexus_ray.data.sources import Document, Shard
-from nexus_ray.errors import DataError
+from nexus_ray.data.row_forms import Document
+from nexus_ray.data.sources import Shard
+from nexus_ray.errors import DataError, ModelError
 
 SEPARATOR = 99
 SHAKESPEARE = Path(__file__).parents[2] / "assets" / "text" / "shakespeare.heldout.jsonl"
@@ -124,6 +125,15 @@ class TestText:
         assert tokenizer.decode(ids) == "To be, or not to be. " * 40 + "<|endoftext|>"
 
 
+CALL = (
+    {"role": "user", "content": "Sum?"},
+    {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": 2}}}]},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "It is 3.", "thinking": "One and two."},
+)
+ADD = {"function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}}
+
+
 class TestConversations:
     MESSAGES = ({"role": "user", "content": "Who's there?"}, {"role": "assistant", "content": "Nay, answer me."})
 
@@ -167,8 +177,27 @@ class TestConversations:
     def test_no_template(self, tokenizer_directory):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
         tokenizer.chat_template = None
-        with pytest.raises(DataError, match="no chat template"):
+        with pytest.raises(ModelError, match="no chat template"):
             encode_document(tokenizer, Document(messages=self.MESSAGES))
+
+    def test_calls_answers_tools_and_reasoning_are_rendered(self, tokenizer):
+        ids = encode_document(tokenizer, Document(messages=CALL, tools=(ADD,)))
+        expected = tokenizer.apply_chat_template(list(CALL), tools=[ADD], tokenize=False)
+        text = tokenizer.decode(ids)
+        assert text == expected.replace(date.today().isoformat(), "2025-01-01")
+        for part in (
+            "// Adds.",
+            'to=functions.add<|channel|>commentary json<|message|>{"a": 1, "b": 2}',
+            "One and two.",
+        ):
+            assert part in text
+
+    @pytest.mark.parametrize("token", ["<|end|>", "<|start|>", "<|call|>"])
+    def test_a_control_token_in_a_field_name_is_refused(self, tokenizer, token):
+        call = {"function": {"name": "add", "arguments": {"deep": [{f"a{token}b": 1}]}}}
+        messages = [{"role": "user", "content": "Sum?"}, {"role": "assistant", "tool_calls": [call]}]
+        with pytest.raises(DataError, match="holds a control token"):
+            encode_messages(tokenizer, messages)
 
 
 class TestByteLengths:

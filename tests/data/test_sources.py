@@ -11,13 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from nexus_ray.config import DataSection
-from nexus_ray.data.sources import Document, list_shards, read_documents
+from nexus_ray.data.documents import read_documents
+from nexus_ray.data.row_forms import Document
+from nexus_ray.data.sources import list_shards
 from nexus_ray.errors import DataError
 
 CONVERSATION = [{"role": "user", "content": "Who's there?"}, {"role": "assistant", "content": "Nay, answer me."}]
 
 
-def section(train: Any, heldout: Any = (), shard_bytes: int = 1024, text_field: str = "text") -> DataSection:
+def section(train: Any, heldout: Any = (), shard_bytes: int = 1024, text_field: str | None = None) -> DataSection:
     source = {"train": train, "heldout": heldout, "text_field": text_field}
     return DataSection.model_validate({"sources": {"play": source}, "shard_bytes": shard_bytes})
 
@@ -90,8 +92,7 @@ class TestJsonLines:
         path = write_jsonl(tmp_path / "bad.jsonl", [row])
         message = refusal(section(path))
         assert f"{path}, byte 0" in message
-        assert "'text'" in message
-        assert "text_field" in message
+        assert "text_field" in message, "what is accepted"
 
 
 class TestOtherKinds:
@@ -125,6 +126,38 @@ class TestOtherKinds:
         path = tmp_path / "a.parquet"
         pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
         assert f"{path} is empty" in refusal(section(str(path)))
+
+    def test_a_damaged_parquet_file_is_an_error_even_when_rows_may_be_left_out(self, tmp_path):
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.table({"text": ["word " * 50 + str(i) for i in range(500)]}), path, compression="zstd")
+        [shard] = list_shards(section(str(path)), "train")
+        damaged = bytearray(path.read_bytes())
+        damaged[200:1200] = bytes(1000)
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"a\.parquet cannot be read"):
+            list(read_documents(shard, lambda error: None))
+
+    def test_a_file_that_goes_away_is_an_error_even_when_rows_may_be_left_out(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+        [shard] = list_shards(section(str(tmp_path / "a.jsonl")), "train")
+        (tmp_path / "a.jsonl").unlink()
+        with pytest.raises(DataError, match=r"a\.jsonl cannot be read"):
+            list(read_documents(shard, lambda error: None))
+
+    def test_a_parquet_row_that_is_not_utf8_does_not_take_its_neighbours_along(self, tmp_path):
+        binary = pa.array([b"one", b"\xff\xfe", b"three"], pa.binary())
+        pq.write_table(pa.table({"text": binary.view(pa.string())}), tmp_path / "a.parquet")
+        [shard] = list_shards(section(str(tmp_path / "a.parquet")), "train")
+        errors: list[DataError] = []
+        assert [document.text for document in read_documents(shard, errors.append)] == ["one", "three"]
+        [error] = errors
+        assert f"{tmp_path / 'a.parquet'}, row group 0, row 1: the row cannot be decoded" in error.message
+
+    def test_rows_are_numbered_through_a_row_group_of_any_size(self, tmp_path):
+        rows = ["x"] * 3000
+        rows[2500] = None
+        pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet")
+        assert "row group 0, row 2500: " in refusal(section(str(tmp_path / "a.parquet")))
 
     def test_a_file_that_only_is_called_parquet(self, tmp_path):
         (tmp_path / "a.parquet").write_text("text")
@@ -195,5 +228,5 @@ class TestFiles:
             "b": {"train": f"{tmp_path}/*.txt"},
         }
         data = DataSection.model_validate({"sources": sources})
-        with pytest.raises(DataError, match=r"a\.heldout\.txt is also a training file"):
+        with pytest.raises(DataError, match=r"a\.heldout\.txt is also trained on"):
             list_shards(data, split)

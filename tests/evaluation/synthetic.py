@@ -37,6 +37,12 @@ def source_result(
             "l1": [2 * drift * (layer + 1) for layer in range(layers)],
             "top_k_overlap": [1 - drift * (layer + 1) for layer in range(layers)],
         },
+        "router_change": {
+            "usage_distance": [drift * (layer + 1) for layer in range(layers)],
+            "probability_distance": [drift] * layers,
+            "covariance_distance": [drift] * layers,
+            "halves_distance": [0.02, *[None] * (layers - 1)],
+        },
     }
 
 

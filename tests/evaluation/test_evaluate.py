@@ -13,6 +13,7 @@ import torch
 
 from nexus_ray.checkpoints.overlay import load_overlay, load_overlay_config, save_overlay
 from nexus_ray.config import Config
+from nexus_ray.data.documents import read_documents
 from nexus_ray.data.packing import pack_shard
 from nexus_ray.data.sources import Shard, list_shards
 from nexus_ray.errors import ArtefactError, ConfigError, DataError
@@ -85,9 +86,44 @@ def test_both_models_are_scored_on_all_held_out_text(
 
 
 def held_out_texts(config: Config, source: str) -> list[str]:
-    from nexus_ray.data.sources import read_documents
-
     return [d.text or "" for shard in list_shards(config.data, "heldout", (source,)) for d in read_documents(shard)]
+
+
+def test_rows_that_cannot_be_read_are_left_out_and_counted_in_the_result(
+    micro_config: Callable[..., Config], micro_overlay: Path, micro_texts: Path, tmp_path: Path, caplog
+):
+    lines = (micro_texts / "play.heldout.jsonl").read_text().splitlines()
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("\n".join([lines[0], "no json", *lines[1:], '{"title": "no text"}']) + "\n")
+    whole = micro_config(tmp_path / "run", **{"data.shard_bytes": 1024})
+    install_overlay(micro_overlay, RunLayout(whole.run.directory), zero=False)
+    config = micro_config(tmp_path / "run", **{"data.sources.play.heldout": str(broken), "data.shard_bytes": 1 << 20})
+    result = run_in_process(config, RunLayout(config.run.directory))
+    assert (result["play"]["unreadable_rows"], result["prose"]["unreadable_rows"]) == (2, 0)
+    assert result["play"]["bytes"] == run_in_process(whole, RunLayout(whole.run.directory))["play"]["bytes"]
+    [warning] = [record.message for record in caplog.records if "cannot be read" in record.message]
+    assert f"data.sources.play.heldout: 2 rows cannot be read and are left out; the first: {broken}, byte" in warning
+
+
+def test_a_strict_evaluation_fails_at_the_first_row_that_cannot_be_read(
+    micro_config: Callable[..., Config], micro_overlay: Path, tmp_path: Path
+):
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\nno json\n')
+    overrides = {"data.sources.play.heldout": f"{tmp_path}/broken.jsonl", "data.strict": True}
+    config = micro_config(tmp_path / "run", **overrides)
+    install_overlay(micro_overlay, RunLayout(config.run.directory), zero=True)
+    with pytest.raises(DataError, match=r"broken\.jsonl, byte 17: not a JSON line"):
+        run_in_process(config, RunLayout(config.run.directory))
+
+
+def test_held_out_text_without_a_readable_row_is_refused(
+    micro_config: Callable[..., Config], micro_overlay: Path, tmp_path: Path
+):
+    (tmp_path / "broken.jsonl").write_text("no json\n" * 3)
+    config = micro_config(tmp_path / "run", **{"data.sources.play.heldout": f"{tmp_path}/broken.jsonl"})
+    install_overlay(micro_overlay, RunLayout(config.run.directory), zero=True)
+    with pytest.raises(DataError, match=r"play\.heldout: no row can be read; the first of 3: .*byte 0"):
+        run_in_process(config, RunLayout(config.run.directory))
 
 
 def test_a_limit_is_kept_exactly_and_spread_over_the_shards():
@@ -135,6 +171,8 @@ def row_of(shard: int, nats: list[float], num_bytes: int = 9) -> dict[str, Any]:
         "kl": [0.0],
         "l1": [0.0],
         "top_k_overlap": [0.0],
+        "unreadable": 0,
+        "unreadable_example": "",
     }
 
 

@@ -42,10 +42,25 @@ def add_other_artefacts(layout: RunLayout) -> None:
         write_json(layout.stages / f"{name}.json", {"stage": name, "seconds": seconds, "outputs": {}})
     write_text(layout.stages / "select.json", "not JSON")
     layers = [
-        {"ranked": [5, 3, 1], "selected": [5, 3], "share": 0.41, "null_share": 0.3, "split_half_overlap": None},
-        {"ranked": [7, 0, 2], "selected": [7, 0], "share": 0.52, "null_share": 0.3, "split_half_overlap": 0.5},
+        {
+            "ranked": [5, 3, 1],
+            "selected": [5, 3],
+            "share": 0.41,
+            "null_share": 0.3,
+            "split_half_overlap": None,
+            "chance_overlap": 0.25,
+        },
+        {
+            "ranked": [7, 0, 2],
+            "selected": [7, 0],
+            "share": 0.52,
+            "null_share": 0.3,
+            "split_half_overlap": 0.5,
+            "chance_overlap": 0.25,
+            "verdict": "stable",
+        },
     ]
-    write_json(layout.selection, {"method": "pca", "top_k": 2, "chance_overlap": 0.25, "layers": layers})
+    write_json(layout.selection, {"method": "pca", "top_k": 2, "layers": layers})
 
 
 def test_the_json_holds_the_numbers_at_the_promised_places(config: Config, layout: RunLayout):

@@ -1,6 +1,6 @@
 """Collecting statistics with the micro model: against a direct pass, in parts, interrupted, on several workers."""
 
-from itertools import islice
+import json
 
 import numpy as np
 import pytest
@@ -8,55 +8,44 @@ import torch
 from transformers import GptOssForCausalLM
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
-from nexus_ray.data.packing import pack_shard
-from nexus_ray.data.sources import list_shards
 from nexus_ray.errors import DataError
 from nexus_ray.layout import RunLayout
-from nexus_ray.modeling.loading import load_base
+from nexus_ray.modeling.loading import load_base, load_student
 from nexus_ray.router import collect as collect_module
 from nexus_ray.router.artefact import RouterStatistics
-from nexus_ray.router.collect import ShardCollector, collect, plan_work
+from nexus_ray.router.calibration import Calibration, choose_calibration
+from nexus_ray.router.collect import StatisticsCollector, collect, plan_units
 from nexus_ray.storage import sha256_file
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """Run the worker here instead of on Ray, last item first; returns the rows it was called with."""
-    calls = []
-
-    def run(worker, arguments, items, resources, description):
-        instance = worker(**arguments) if items else None
-        for row in reversed(items):
-            calls.append(row)
-            yield instance(row)
-
-    monkeypatch.setattr(collect_module, "map_over_pool", run)
-    return calls
+def digests(layout: RunLayout) -> tuple[str, ...]:
+    """Of the statistics, the calibration text, and their descriptions."""
+    arrays = (layout.router_stats, layout.calibration)
+    return tuple(sha256_file(path) for file in arrays for path in (file, file.with_suffix(".json")))
 
 
-def digests(layout: RunLayout) -> tuple[str, str]:
-    return sha256_file(layout.router_stats), sha256_file(layout.router_stats.with_suffix(".json"))
+def sequences_of(layout: RunLayout, source: str) -> list[torch.Tensor]:
+    """[1, tokens] ids of the calibration sequences of a source, without padding."""
+    text = Calibration.load(layout.calibration).sources[source]
+    pairs = zip(text.input_ids, text.num_tokens, strict=True)
+    return [torch.from_numpy(ids[:count]).long()[None] for ids, count in pairs]
 
 
 def reference_probabilities(config, source: str) -> np.ndarray:
-    """[tokens, layers, experts] float64 of the sequences that collect should read, one sequence at a time."""
+    """[tokens, layers, experts] float64 of the calibration text, one sequence at a time, by transformers."""
     base = load_base(config.model)
     tokens = []
-    for item in plan_work(config):
-        if item.shard.source == source:
-            packed = pack_shard(item.shard, base.tokenizer, config.data.sequence_length)
-            for sequence in islice(packed, item.sequences):
-                ids = torch.from_numpy(sequence.input_ids[: sequence.num_tokens]).long()[None]
-                with torch.no_grad():
-                    output = base.model(input_ids=ids, output_router_logits=True)
-                logits = torch.stack([layer.view(len(ids[0]), -1) for layer in output.router_logits], dim=1)
-                tokens.append(logits.double().softmax(dim=-1).numpy())
+    for ids in sequences_of(RunLayout(config.run.directory), source):
+        with torch.no_grad():
+            output = base.model(input_ids=ids, output_router_logits=True)
+        logits = torch.stack([layer.view(len(ids[0]), -1) for layer in output.router_logits], dim=1)
+        tokens.append(logits.double().softmax(dim=-1).numpy())
     return np.concatenate(tokens)
 
 
 def test_statistics_equal_a_direct_pass_through_transformers(micro_config, tmp_path, in_process):
     config = micro_config(tmp_path / "run")
-    sources = collect(config, RunLayout(config.run.directory))
+    sources = collect(config, RunLayout(config.run.directory)).sources
     assert set(sources) == {"play", "prose"}
     for name, moments in sources.items():
         probabilities = reference_probabilities(config, name)
@@ -70,17 +59,14 @@ def test_statistics_equal_a_direct_pass_through_transformers(micro_config, tmp_p
 def reference_saliency(config, source: str) -> np.ndarray:
     """[layers, experts] mean of gate x output norm, by the model card on transformers' dequantised weights."""
     stock = GptOssForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).eval().requires_grad_(False)
-    tokenizer = load_base(config.model).tokenizer
     sums = np.zeros((2, 2, 8))
     seen: dict[int, torch.Tensor] = {}
     for layer, block in enumerate(stock.model.layers):
         block.mlp.register_forward_hook(lambda _m, inputs, _o, layer=layer: seen.update({layer: inputs[0][0]}))
-    for item in plan_work(config):
-        if item.shard.source == source:
-            for sequence in islice(pack_shard(item.shard, tokenizer, config.data.sequence_length), item.sequences):
-                stock(input_ids=torch.from_numpy(sequence.input_ids[: sequence.num_tokens]).long()[None])
-                for layer, hidden in seen.items():
-                    sums[:, layer] += _contributions(stock.model.layers[layer].mlp, hidden)
+    for ids in sequences_of(RunLayout(config.run.directory), source):
+        stock(input_ids=ids)
+        for layer, hidden in seen.items():
+            sums[:, layer] += _contributions(stock.model.layers[layer].mlp, hidden)
     return sums[0] / np.maximum(sums[1], 1)
 
 
@@ -100,16 +86,17 @@ def _contributions(mlp, hidden: torch.Tensor) -> np.ndarray:
 
 
 def test_reap_equals_expert_outputs_computed_by_hand(micro_config, tmp_path, in_process):
-    config = micro_config(tmp_path / "run", **{"model.dtype": "float32", "collect.tokens_per_source": 1024})
-    sources = collect(config, RunLayout(config.run.directory))
+    config = micro_config(tmp_path / "run", **{"model.dtype": "float32", "collect.tokens": 2048})
+    sources = collect(config, RunLayout(config.run.directory)).sources
     expected = reference_saliency(config, "play")
     np.testing.assert_allclose(sources["play"].both_halves().saliency()[0], expected, rtol=2e-3)
     assert expected.max() > 1.3 * expected.min()
 
 
-def test_dequantised_experts_give_statistics_without_reap(micro_config, tmp_path, in_process):
-    config = micro_config(tmp_path / "run", **{"model.experts": "grouped_mm"})
-    sources = collect(config, RunLayout(config.run.directory))
+@pytest.mark.parametrize("override", [{"model.experts": "grouped_mm"}, {"collect.expert_norms": False}])
+def test_without_output_norms_there_are_statistics_without_reap(override, micro_config, tmp_path, in_process):
+    config = micro_config(tmp_path / "run", **override)
+    sources = collect(config, RunLayout(config.run.directory)).sources
     loaded = RouterStatistics.load(RunLayout(config.run.directory).router_stats).sources
     for name, moments in sources.items():
         assert moments.tokens > 0
@@ -120,7 +107,7 @@ def test_dequantised_experts_give_statistics_without_reap(micro_config, tmp_path
 def test_the_artefact_describes_itself(micro_config, micro_model, tmp_path, in_process):
     config = micro_config(tmp_path / "run")
     layout = RunLayout(config.run.directory)
-    sources = collect(config, layout)
+    sources = collect(config, layout).sources
     description = RouterStatistics.load(layout.router_stats).description
     assert description.base_fingerprint == fingerprint(micro_model)
     assert (description.layers, description.experts, description.experts_per_token) == (2, 8, 2)
@@ -128,53 +115,74 @@ def test_the_artefact_describes_itself(micro_config, micro_model, tmp_path, in_p
     assert [path.name for path in layout.directory.iterdir() if "partial" in path.name] == []
 
 
-def test_work_is_spread_evenly_and_bounded(micro_config, tmp_path):
-    config = micro_config(tmp_path / "run", **{"collect.tokens_per_source": 1000})  # 16 sequences of 64
-    shards = list_shards(config.data, "train")
-    work = plan_work(config)
-    for source in config.data.sources:
-        mine = [item for item in work if item.shard.source == source]
-        assert {item.sequences for item in mine} == {-(-16 // len(mine))}
-        assert len(mine) == sum(shard.source == source for shard in shards) > 1
+def test_units_cover_every_sequence_once_and_hold_whole_batches(micro_config, tmp_path, in_process):
+    config = micro_config(tmp_path / "run", **{"collect.batch_sequences": 3})
+    calibration = choose_calibration(config, RunLayout(config.run.directory).calibration)
+    units = plan_units(config, calibration)
+    assert [unit.index for unit in units] == list(range(len(units)))
+    for name, text in calibration.sources.items():
+        mine = [unit for unit in units if unit.source == name]
+        assert [row for unit in mine for row in range(unit.start, unit.stop)] == list(range(len(text)))
+        assert all((unit.stop - unit.start) % 3 == 0 for unit in mine[:-1])
+        assert len(mine) > 1
 
 
-def test_more_shards_than_sequences_are_sampled_at_even_distances(micro_config, tmp_path):
-    config = micro_config(tmp_path / "run", **{"collect.tokens_per_source": 128, "data.shard_bytes": 1024})
-    play = [shard for shard in list_shards(config.data, "train") if shard.source == "play"]
-    chosen = [item for item in plan_work(config) if item.shard.source == "play"]
-    assert [item.shard for item in chosen] == [play[0], play[len(play) // 2]]
-    assert [item.sequences for item in chosen] == [1, 1]
+def test_the_student_is_observed_on_the_same_text(micro_config, micro_overlay, tmp_path, in_process):
+    config = micro_config(tmp_path / "run", **{"model.dtype": "float32"})
+    layout = RunLayout(config.run.directory)
+    base = collect(config, layout)
+    before = digests(layout)
+    student = collect(config, layout, micro_overlay)
+    assert digests(layout) == before, "the base's statistics stay as they are"
+    loaded = RouterStatistics.load(layout.student_router_stats)
+    assert loaded.description.calibration == base.description.calibration
+    assert loaded.description.overlay_sha256 is not None
+    expected = []
+    model = load_student(config.model, micro_overlay)
+    for ids in sequences_of(layout, "play"):
+        with torch.no_grad():
+            _, logits = model.forward(ids, torch.ones_like(ids, dtype=torch.bool))
+        expected.append(logits[0].double().softmax(-1))
+    mean = torch.cat(expected).mean(0).numpy()
+    np.testing.assert_allclose(student.sources["play"].both_halves().mean[0], mean, rtol=1e-4)
+    assert np.abs(base.sources["play"].both_halves().mean[0] - mean).max() > 1e-4
 
 
-def test_both_halves_get_text_even_from_one_sequence_shards(micro_config, tmp_path, in_process):
-    config = micro_config(tmp_path / "run", **{"collect.tokens_per_source": 64 * 4, "data.shard_bytes": 2048})
-    assert {item.sequences for item in plan_work(config)} == {1}
-    for moments in collect(config, RunLayout(config.run.directory)).values():
-        assert (moments.count > 0).all()
+def test_exported_probabilities_are_those_of_the_first_tokens_of_each_source(micro_config, tmp_path, in_process):
+    config = micro_config(tmp_path / "run", **{"model.dtype": "float32", "collect.export_probabilities": 901})
+    layout = RunLayout(config.run.directory)
+    collect(config, layout)
+    with np.load(layout.router_probabilities, allow_pickle=False) as file:
+        rows, metadata = file["router_probs"], json.loads(str(file["metadata"]))
+    assert rows.dtype == np.float16
+    assert rows.shape == (901, 2, 8)
+    assert (metadata["num_tokens"], metadata["num_layers"], metadata["num_experts"]) == (901, 2, 8)
+    expected = [reference_probabilities(config, "play")[:451], reference_probabilities(config, "prose")[:450]]
+    np.testing.assert_allclose(rows, np.concatenate(expected), atol=1e-3)
 
 
 def test_an_interrupted_job_continues_and_ends_with_the_same_bytes(micro_config, tmp_path, in_process, monkeypatch):
     config, whole = (micro_config(tmp_path / name) for name in ("interrupted", "whole"))
     layout = RunLayout(config.run.directory)
-    work = plan_work(config)
-
-    original = ShardCollector.__call__
+    units = plan_units(config, choose_calibration(config, layout.calibration))
+    in_process.clear()
+    original = StatisticsCollector.__call__
 
     def fail_at_third(self, row):
         if len(in_process) == 3:
             raise KeyboardInterrupt
         return original(self, row)
 
-    monkeypatch.setattr(ShardCollector, "__call__", fail_at_third)
+    monkeypatch.setattr(StatisticsCollector, "__call__", fail_at_third)
     with pytest.raises(KeyboardInterrupt):
         collect(config, layout)
     assert not layout.router_stats.exists()
-    done = {row["shard"]["index"] for row in in_process[:2]}
+    done = {row["index"] for row in in_process[:2]}
     in_process.clear()
-    monkeypatch.setattr(ShardCollector, "__call__", original)
+    monkeypatch.setattr(StatisticsCollector, "__call__", original)
 
     collect(config, layout)
-    assert {row["shard"]["index"] for row in in_process} == {item.shard.index for item in work} - done
+    assert {row["index"] for row in in_process} == {unit.index for unit in units} - done
     collect(whole, RunLayout(whole.run.directory))
     assert digests(layout) == digests(RunLayout(whole.run.directory))
 
@@ -184,16 +192,15 @@ def test_parts_of_another_recipe_are_not_used(micro_config, tmp_path, in_process
     monkeypatch.setattr(RouterStatistics, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         collect(micro_config(layout.directory), layout)
-    monkeypatch.undo()
     in_process.clear()
-    monkeypatch.setattr(collect_module, "map_over_pool", lambda *arguments: in_process.extend(arguments[2]) or [])
-    changed = micro_config(layout.directory, **{"data.sequence_length": 32})
-    with pytest.raises(Exception, match="no router statistics"):  # the parts that were not made
+    changed = micro_config(layout.directory, **{"collect.batch_sequences": 2})
+    with pytest.raises(KeyboardInterrupt):
         collect(changed, layout)
-    assert len(in_process) == len(plan_work(changed))
+    units = plan_units(changed, Calibration.load(layout.calibration))
+    assert sorted(row["index"] for row in in_process) == [unit.index for unit in units]
 
 
-def test_broken_router_names_the_file(micro_config, tmp_path, in_process, monkeypatch):
+def test_a_broken_router_names_layer_sequence_and_file(micro_config, tmp_path, in_process, monkeypatch):
     config = micro_config(tmp_path / "run")
 
     def broken_base(section):
@@ -202,15 +209,27 @@ def test_broken_router_names_the_file(micro_config, tmp_path, in_process, monkey
         return base
 
     monkeypatch.setattr(collect_module, "load_base", broken_base)
-    with pytest.raises(DataError, match=r"prose\.train\.jsonl, shard \d+, batch of sequences from 0: .* layer 1 "):
+    with pytest.raises(DataError, match=r"layer 1 are NaN or infinite in sequence \d+ of .*prose\.train\.jsonl"):
         collect(config, RunLayout(config.run.directory))
 
 
 @pytest.mark.ray
-def test_one_and_two_workers_give_the_same_bytes(micro_config, tmp_path, ray_session):
-    layouts = []
-    for workers in (1, 2):
+def test_one_two_and_four_workers_give_the_same_bytes(micro_config, tmp_path, ray_session):
+    found = set()
+    for workers in (1, 2, 4):
         config = micro_config(tmp_path / f"workers{workers}", **{"resources.workers": workers})
-        layouts.append(RunLayout(config.run.directory))
-        collect(config, layouts[-1])
-    assert digests(layouts[0]) == digests(layouts[1])
+        layout = RunLayout(config.run.directory)
+        collect(config, layout)
+        found.add(digests(layout))
+    assert len(found) == 1
+
+
+@pytest.mark.ray
+def test_a_pool_that_grows_gives_the_same_bytes(micro_config, tmp_path, ray_session):
+    found = set()
+    for name, least in (("fixed", 2), ("growing", 1)):
+        config = micro_config(tmp_path / name, **{"resources.workers": 2, "resources.min_workers": least})
+        layout = RunLayout(config.run.directory)
+        collect(config, layout)
+        found.add(digests(layout))
+    assert len(found) == 1

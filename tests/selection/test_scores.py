@@ -1,101 +1,141 @@
-"""Expert scores against scikit-learn, and the null model against shuffled data."""
+"""Scores against scikit-learn on the probabilities themselves, and rankings with a known answer."""
 
 import numpy as np
 import pytest
+import torch
 from sklearn.decomposition import PCA
+from synthetic_routers import TOP_K, moments_of, noise_logits
 
-from nexus_ray.selection.distribution import describe_scores
+from nexus_ray.errors import ArtefactError
+from nexus_ray.selection.methods import METHODS
 from nexus_ray.selection.scores import (
-    overlap,
-    pca_null_share,
+    cumulative_shares,
+    effective_experts,
     pca_scores,
+    pca_variance_scores,
     principal_components,
     rank_experts,
+    share_of,
     top_share,
-    usage_scores,
 )
 
+SHAPES = [(8, 3), (16, 20), (32, 20)]
 
-def make_probabilities(tokens: int, experts: int, spread: float = 1.0, seed: int = 0) -> np.ndarray:
+
+def make_probabilities(tokens: int, experts: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    logits = rng.normal(size=(tokens, experts)) + rng.normal(size=experts) * spread
+    logits = rng.normal(size=(tokens, experts)) + rng.normal(size=experts)
     logits += rng.normal(size=(tokens, 3)) @ rng.normal(size=(3, experts))
     exponentials = np.exp(logits)
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize(("experts", "components"), [(8, 3), (16, 20), (32, 20)])
-def test_pca_scores_equal_sklearn_on_the_raw_probabilities(experts, components):
+def fitted(data: np.ndarray, components: int) -> PCA:
+    return PCA(n_components=min(components, data.shape[1]), svd_solver="full").fit(data)
+
+
+@pytest.mark.parametrize(("experts", "components"), SHAPES)
+def test_principal_components_equal_sklearns(experts, components):
     data = make_probabilities(2000, experts)
-    pca = PCA(n_components=min(components, experts), svd_solver="full").fit(data)
-    expected = (np.abs(pca.components_) * pca.explained_variance_ratio_[:, None]).sum(axis=0)
-    covariance = np.cov(data, rowvar=False)
-    np.testing.assert_allclose(pca_scores(covariance, components), expected, rtol=1e-6, atol=1e-10)
-    ours = principal_components(covariance, components)
-    np.testing.assert_allclose(ours.explained_variance_ratio, pca.explained_variance_ratio_, rtol=1e-8, atol=1e-12)
+    pca = fitted(data, components)
+    ours = principal_components(np.cov(data, rowvar=False))
+    kept = len(pca.components_)
+    np.testing.assert_allclose(ours.explained_variance_ratio[:kept], pca.explained_variance_ratio_, 1e-8, 1e-12)
+    assert ours.total_variance == pytest.approx(data.var(axis=0, ddof=1).sum())
     # the probabilities sum to 1, so the last direction has no variance and its vector no meaning
     compared = min(components, experts - 1)
     cosines = np.abs((ours.components[:compared] * pca.components_[:compared]).sum(axis=1))
     np.testing.assert_allclose(cosines, 1, atol=1e-6)
 
 
+@pytest.mark.parametrize(("experts", "components"), SHAPES)
+def test_pca_scores_equal_sklearn_on_the_raw_probabilities(experts, components):
+    data = make_probabilities(2000, experts)
+    pca = fitted(data, components)
+    expected = (np.abs(pca.components_) * pca.explained_variance_ratio_[:, None]).sum(axis=0)
+    principal = principal_components(np.cov(data, rowvar=False))
+    np.testing.assert_allclose(pca_scores(principal, components), expected, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize(("experts", "components"), SHAPES)
+def test_pca_variance_scores_equal_sklearn_on_the_raw_probabilities(experts, components):
+    data = make_probabilities(2000, experts)
+    pca = fitted(data, components)
+    expected = (np.square(pca.components_) * pca.explained_variance_[:, None]).sum(axis=0)
+    principal = principal_components(np.cov(data, rowvar=False))
+    np.testing.assert_allclose(pca_variance_scores(principal, components), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_pca_variance_of_all_components_is_the_experts_variance():
+    data = make_probabilities(500, 12)
+    principal = principal_components(np.cov(data, rowvar=False))
+    np.testing.assert_allclose(pca_variance_scores(principal, 12), data.var(axis=0, ddof=1))
+    explained = principal.explained_variance_ratio[:4].sum() * principal.total_variance
+    assert pca_variance_scores(principal, 4).sum() == pytest.approx(explained)
+
+
+def test_many_layers_are_scored_as_one_by_one():
+    covariances = np.stack([np.cov(make_probabilities(300, 6, seed), rowvar=False) for seed in range(3)])
+    together = pca_scores(principal_components(covariances), 4)
+    for scores, covariance in zip(together, covariances, strict=True):
+        np.testing.assert_allclose(scores, pca_scores(principal_components(covariance), 4))
+
+
+def test_methods_of_the_router_equal_counts_token_by_token():
+    logits = noise_logits(1, 6) + torch.linspace(0, 1, 6)
+    size = torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0, 6.0])
+    moments = moments_of(logits, size).both_halves()
+    selected, gates, contributions = np.zeros(6), np.zeros(6), np.zeros(6)
+    for token in logits[:, :, 0].flatten(0, 1).double().numpy():
+        top = np.argsort(-token)[:TOP_K]
+        weights = np.exp(token[top]) / np.exp(token[top]).sum()
+        selected[top] += 1
+        gates[top] += weights
+        contributions[top] += weights * size.numpy()[top]
+    expected = {"usage": selected / selected.sum(), "gate_mass": gates / gates.sum(), "reap": contributions / selected}
+    for name, scores in expected.items():
+        np.testing.assert_allclose(METHODS[name].score(moments, components=3), scores, rtol=1e-6)
+
+
+def test_methods_of_the_spectrum_take_the_covariance_of_the_moments():
+    logits = noise_logits(1, 6) + torch.linspace(0, 1, 6)
+    data = logits[:, :, 0].flatten(0, 1).double().softmax(-1).numpy()
+    principal = principal_components(np.cov(data, rowvar=False))
+    moments = moments_of(logits).both_halves()
+    for name, scores in (("pca", pca_scores), ("pca_variance", pca_variance_scores)):
+        np.testing.assert_allclose(METHODS[name].score(moments, components=2), scores(principal, 2), rtol=1e-4)
+
+
+def test_reap_without_recorded_outputs_says_how_to_get_them():
+    with pytest.raises(ArtefactError, match="no expert output norms") as caught:
+        METHODS["reap"].score(moments_of(noise_logits(1, 6)).both_halves(), components=3)
+    assert "model.experts=packed" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_gives_a_negative_score(name):
+    moments = moments_of(noise_logits(1, 12, sequences=2, length=8), torch.ones(12)).both_halves()
+    scores = METHODS[name].score(moments, components=20)
+    assert scores.shape == (12,)
+    assert (scores >= 0).all()
+
+
 def test_scores_of_constant_probabilities_are_zero_not_nan():
-    assert pca_scores(np.zeros((4, 4)), 2).tolist() == [0, 0, 0, 0]
+    principal = principal_components(np.zeros((4, 4)))
+    assert pca_scores(principal, 2).tolist() == [0, 0, 0, 0]
+    assert pca_variance_scores(principal, 2).tolist() == [0, 0, 0, 0]
     assert top_share(np.zeros(4), 1) == 0.25
-    assert describe_scores(np.zeros(4)).effective_experts == 4
+    assert share_of(np.zeros(4), [0, 2, 3]) == 0.75
+    assert effective_experts(np.zeros(4)) == 4
 
 
-def test_usage_scores_are_shares_of_selections():
-    np.testing.assert_allclose(usage_scores(np.array([6, 0, 2])), [0.75, 0, 0.25])
+def test_equal_scores_rank_by_number_in_either_direction():
+    scores = np.array([1.0, 3.0, 3.0, 0.0, 3.0])
+    assert rank_experts(scores) == [1, 2, 4, 0, 3]
+    assert rank_experts(scores, higher_first=True) == [4, 2, 1, 0, 3]
 
 
-def test_equal_scores_rank_by_number():
-    assert rank_experts(np.array([1.0, 3.0, 3.0, 0.0, 3.0])) == [1, 2, 4, 0, 3]
-
-
-def test_overlap_counts_common_experts():
-    assert overlap(np.array([4.0, 3, 2, 1]), np.array([4.0, 1, 3, 2]), 2) == 0.5
-
-
-@pytest.mark.parametrize(("experts", "top_k", "spread"), [(16, 4, 0.0), (32, 8, 1.0), (64, 24, 1.0), (64, 24, 0.0)])
-def test_null_share_is_that_of_shuffled_columns(experts, top_k, spread):
-    data = make_probabilities(4000, experts, spread)
-    rng = np.random.default_rng(1)
-    shuffled = np.stack([rng.permutation(column) for column in data.T], axis=1)
-    reference = top_share(pca_scores(np.cov(shuffled, rowvar=False), 20), top_k)
-    variances = data.var(axis=0, ddof=1)
-    assert pca_null_share(variances, len(data), 20, top_k, seed=0) == pytest.approx(reference, abs=0.04)
-
-
-def test_noise_is_no_more_concentrated_than_its_null():
-    data = np.random.default_rng(2).gamma(2.0, size=(4000, 32)) * np.linspace(1, 2, 32)
-    share = top_share(pca_scores(np.cov(data, rowvar=False), 20), 8)
-    assert share == pytest.approx(pca_null_share(data.var(axis=0, ddof=1), 4000, 20, 8, seed=0), abs=0.03)
-
-
-def test_planted_experts_are_ranked_first():
-    rng = np.random.default_rng(3)
-    planted = [3, 11, 17, 29]
-    data = rng.normal(size=(3000, 32)) * 0.01
-    data[:, planted] += rng.normal(size=(3000, 1)) * np.array([0.4, -0.3, 0.5, -0.6])
-    ranked = rank_experts(pca_scores(np.cov(data, rowvar=False), 20))
-    assert set(ranked[:4]) == set(planted)
-
-
-def test_distribution_statistics_of_known_scores():
-    scores = np.array([8.0, 1, 1, 1, 1, 1, 1, 1, 1])
-    distribution = describe_scores(scores)
-    assert distribution.top_fractions == {"4": pytest.approx(11 / 16), "8": pytest.approx(15 / 16)}
-    assert distribution.largest_gap == pytest.approx(7 / 16)
-    assert distribution.largest_gap_after == 1
-    assert distribution.percentiles["50"] == pytest.approx(1 / 16)
-    entropy = -(0.5 * np.log(0.5) + 8 * (1 / 16) * np.log(1 / 16))
-    assert distribution.effective_experts == pytest.approx(np.exp(entropy))
-    assert distribution.pattern == "graded"
-
-
-@pytest.mark.parametrize(
-    ("scores", "pattern"), [([1.0, 1.1, 0.9, 1.0], "even"), ([1.0, 0.001, 0.001, 0.001], "concentrated")]
-)
-def test_pattern_follows_the_effective_number_of_experts(scores, pattern):
-    assert describe_scores(np.array(scores)).pattern == pattern
+def test_cumulative_shares_take_the_best_first_and_end_at_one():
+    shares = cumulative_shares(np.array([[1.0, 5.0, 4.0], [0.0, 0.0, 0.0]]))
+    np.testing.assert_allclose(shares, [[0.5, 0.9, 1.0], [1 / 3, 2 / 3, 1.0]])
+    assert share_of(np.array([1.0, 5.0, 4.0]), [0, 2]) == pytest.approx(0.5)
