@@ -61,14 +61,19 @@ def evaluate(config: Config, layout: RunLayout) -> dict[str, Any]:
     """
     if not layout.overlay.exists():
         raise ArtefactError(f"no trained overlay at {layout.overlay}", "run `nexus-ray train CONFIG`")
+    shards, items = plan_scoring(config)
+    worker = {"config": config, "overlay": layout.overlay}
+    return _merge(shards, map_over_pool(PairedScorer, worker, items, config.resources, "evaluate"), config)
+
+
+def plan_scoring(config: Config) -> tuple[list[Shard], list[dict[str, Any]]]:
+    """The held-out shards that are read, and for each what its scorer is given."""
     shards = list_shards(config.data, "heldout", _sources_with_heldout(config))
     limits = _sequence_limits(shards, config.evaluate.max_sequences_per_source)
-    read = [(shard, limit) for shard, limit in zip(shards, limits, strict=True) if limit != 0]
-    halves = _halves([shard for shard, _ in read])
-    items = [shard.as_row() | {"limit": limit, "half": halves[shard.index]} for shard, limit in read]
-    worker = {"config": config, "overlay": layout.overlay}
-    rows = map_over_pool(PairedScorer, worker, items, config.resources, "evaluate")
-    return _merge([shard for shard, _ in read], rows, config)
+    read = {shard.index: limit for shard, limit in zip(shards, limits, strict=True) if limit != 0}
+    shards = [shard for shard in shards if shard.index in read]
+    halves = _halves(shards)
+    return shards, [shard.as_row() | {"limit": read[shard.index], "half": halves[shard.index]} for shard in shards]
 
 
 def _halves(shards: Sequence[Shard]) -> dict[int, int]:

@@ -17,9 +17,10 @@ from nexus_ray.data.documents import read_documents
 from nexus_ray.data.packing import pack_shard
 from nexus_ray.data.sources import Shard, list_shards
 from nexus_ray.errors import ArtefactError, ConfigError, DataError
-from nexus_ray.evaluation.evaluate import PairedScorer, _merge, _sequence_limits, evaluate
+from nexus_ray.evaluation.evaluate import PairedScorer, _merge, _sequence_limits, evaluate, plan_scoring
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import load_student
+from nexus_ray.router.accumulate import moments_of_logits
 
 
 def install_overlay(micro_overlay: Path, layout: RunLayout, *, zero: bool) -> None:
@@ -34,10 +35,8 @@ def install_overlay(micro_overlay: Path, layout: RunLayout, *, zero: bool) -> No
 def run_in_process(config: Config, layout: RunLayout) -> dict[str, Any]:
     """What `evaluate` does, without Ray."""
     scorer = PairedScorer(config, layout.overlay)
-    shards = list_shards(config.data, "heldout")
-    limits = _sequence_limits(shards, config.evaluate.max_sequences_per_source)
-    rows = [scorer(shard.as_row() | {"limit": n}) for shard, n in zip(shards, limits, strict=True) if n != 0]
-    return _merge(shards, {row["shard"]: row for row in reversed(rows)}, config)
+    shards, items = plan_scoring(config)
+    return _merge(shards, [scorer(item) for item in reversed(items)], config)
 
 
 @pytest.mark.ray
@@ -55,6 +54,9 @@ def test_a_zero_overlay_has_a_ratio_of_exactly_one(
         assert result["base"] == result["student"]
         assert result["router_drift"]["kl"] == [0.0, 0.0]
         assert result["router_drift"]["top_k_overlap"] == [1.0, 1.0]
+        assert result["router_change"]["usage_distance"] == [0.0, 0.0]
+        assert result["router_change"]["covariance_distance"] == [0.0, 0.0]
+        assert min(result["router_change"]["halves_distance"]) > 0
     assert results == run_in_process(config, layout)
 
 
@@ -69,9 +71,14 @@ def test_both_models_are_scored_on_all_held_out_text(
     shards = list_shards(config.data, "heldout", ("play",))
     sequences = [s for shard in shards for s in pack_shard(shard, student.tokenizer, config.data.sequence_length)]
     nats = {"base": 0.0, "student": 0.0}
+    routed: dict[str, list[torch.Tensor]] = {"base": [], "student": []}
     for sequence in sequences:
         ids = torch.from_numpy(sequence.input_ids[: sequence.num_tokens]).long()[None]
+        valid = torch.ones_like(ids, dtype=torch.bool)
         with torch.no_grad():
+            routed["student"].append(student.forward(ids, valid)[1][0])
+            with student.base():
+                routed["base"].append(student.forward(ids, valid)[1][0])
             nats["student"] += student.model(input_ids=ids, labels=ids).loss.item() * (sequence.num_tokens - 1)
             with student.base():
                 nats["base"] += student.model(input_ids=ids, labels=ids).loss.item() * (sequence.num_tokens - 1)
@@ -83,6 +90,10 @@ def test_both_models_are_scored_on_all_held_out_text(
         assert result[model]["bits_per_byte"] == pytest.approx(total / math.log(2) / result["bytes"], rel=1e-4)
     assert result["ratio"]["value"] == pytest.approx(math.exp((nats["student"] - nats["base"]) / tokens), rel=1e-4)
     assert min(result["router_drift"]["kl"][1:]) > 0
+    probabilities = {name: torch.cat(rows).double().softmax(-1).mean(0) for name, rows in routed.items()}
+    distance = (probabilities["base"] - probabilities["student"]).abs().sum(-1) / 2
+    assert result["router_change"]["probability_distance"] == pytest.approx(distance.tolist(), rel=1e-3, abs=1e-7)
+    assert result["router_change"]["usage_distance"][1] > 0
 
 
 def held_out_texts(config: Config, source: str) -> list[str]:
@@ -159,6 +170,9 @@ def test_no_held_out_text_at_all_is_a_configuration_error(
         evaluate(config, layout)
 
 
+SOME_MOMENTS = moments_of_logits(torch.rand(2, 4, 1, 4), np.ones((2, 4), bool), np.arange(2), 2).to_bytes()
+
+
 def row_of(shard: int, nats: list[float], num_bytes: int = 9) -> dict[str, Any]:
     """What an actor returns for a shard whose sequences have ten targets each."""
     return {
@@ -173,6 +187,8 @@ def row_of(shard: int, nats: list[float], num_bytes: int = 9) -> dict[str, Any]:
         "top_k_overlap": [0.0],
         "unreadable": 0,
         "unreadable_example": "",
+        "base_moments": SOME_MOMENTS,
+        "student_moments": SOME_MOMENTS,
     }
 
 
@@ -194,10 +210,10 @@ def test_text_that_supports_no_interval_is_refused(
     error: type[Exception] | None,
     message: str,
 ):
-    shards = [Shard(index, "play", "x.jsonl", 0, 1) for index in range(2)]
-    by_index = {row["shard"]: row for row in rows}
+    shards = [Shard(row["shard"], "play", "x.jsonl", 0, 1) for row in rows]
+    given = [dict(row) for row in rows]
     if error is None:
-        assert np.isfinite(_merge(shards, by_index, micro_config(tmp_path))["play"]["ratio"]["value"])
+        assert np.isfinite(_merge(shards, given, micro_config(tmp_path))["play"]["ratio"]["value"])
         return
     with pytest.raises(error, match=message):
-        _merge(shards, by_index, micro_config(tmp_path))
+        _merge(shards, given, micro_config(tmp_path))
