@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from nexus_ray.layout import RunLayout
 
 if TYPE_CHECKING:
     from nexus_ray.pipeline import Run
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def _select(run: Run, recipe: str) -> None:
     selection = select(run.config, run.layout)
     plot_selection(selection, RouterStatistics.load(run.layout.router_stats), run.layout.plots)
     write_report(selection, run.layout.selection_report, run.layout.plots)
+    logger.info("report on the selection: %s", run.layout.selection_report)
 
 
 def _convert(run: Run, recipe: str) -> None:

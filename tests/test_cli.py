@@ -23,11 +23,33 @@ def _error(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    "verb", ["run", "collect", "train", "serve", "chat", "config", "plot", "pretrain", "export", "merge-check", "plan"]
+    "verb",
+    [
+        "run",
+        "collect",
+        "train",
+        "serve",
+        "chat",
+        "config",
+        "plot",
+        "pretrain",
+        "export",
+        "merge-check",
+        "plan",
+        "drift",
+    ],
 )
 def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command([verb, "--help"]) == 0
     assert "Usage" in capsys.readouterr().out
+
+
+def test_help_lists_the_pipeline_first_and_in_its_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    verbs = [words[1] for line in lines if len(words := line.split()) > 2 and words[0] == "│" and line[2] != " "]
+    listed = [verb for verb in verbs if verb.isalpha()]
+    assert listed[:7] == ["run", "collect", "select", "convert", "precompute", "train", "evaluate"]
 
 
 @pytest.mark.parametrize("arguments", [["train"], ["bogus"], ["run", "x.yaml", "--nonsense"]])

@@ -1,0 +1,87 @@
+"""Verbs that only look: at a plan, a configuration, an artefact, the curves of runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nexus_ray.cli.app import ConfigPath, Overrides, Quiet, Verbose, app, checkpoint_app, load, output, targets_app
+from nexus_ray.config import Config, describe_field, flatten
+from nexus_ray.console import setup_logging
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, sizes in bytes")] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what a run will need beside what this machine has: memory by part, storage, tokens.
+
+    Computed from config.json, file headers and file sizes; no weights are read and Ray is not started.
+    """
+    from nexus_ray.planning.plan import make_plan
+    from nexus_ray.planning.tables import show_plan
+
+    made = make_plan(load(config, overrides, verbose, quiet, Config).config)
+    if as_json:
+        output.print_json(data=made.as_dict())
+    else:
+        output.print(show_plan(made))
+
+
+@app.command(name="config")
+def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Show every field of the resolved configuration, where its value comes from and what it means."""
+    resolved = load(config, overrides, False, False, Config)
+    values = flatten(resolved.config)
+    width = max(len(name) for name in values)
+    for name, value in values.items():
+        description = describe_field(Config, name)
+        output.print(f"{name:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
+        note = f"({resolved.origins[name]}) {description}".rstrip()
+        output.print(f"{'':<{width}}  {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+@targets_app.command(name="inspect")
+def inspect_targets(
+    path: Annotated[Path, typer.Argument(help="directory of a target set, e.g. runs/demo/targets")],
+    verify: Annotated[bool, typer.Option("--verify", help="compare every file with its checksum")] = False,
+) -> None:
+    """Show what a target set holds."""
+    from nexus_ray.targets.inspect import describe
+
+    setup_logging()
+    output.print(describe(path, verify=verify))
+
+
+@checkpoint_app.command(name="inspect")
+def inspect_checkpoint(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="model directory or overlay; local path or URI")],
+    sha256: Annotated[bool, typer.Option("--sha256", help="hash every byte of every file")] = False,
+) -> None:
+    """Check every tensor header of a model or an overlay and show what it holds."""
+    from nexus_ray.checkpoints.inspect import describe, identity
+
+    setup_logging()
+    output.print(describe(directory))
+    for line in identity(directory, sha256=sha256):
+        output.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories")],
+    to: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write")] = Path("runs.png"),
+) -> None:
+    """Draw the training curves of one run or several into one figure."""
+    from nexus_ray.plots import compare_runs
+    from nexus_ray.training.metrics import read_runs
+
+    setup_logging()
+    compare_runs(read_runs(runs), to)
+    output.print(f"written: {to}", soft_wrap=True)

@@ -1,0 +1,97 @@
+"""Verbs that use a finished overlay: compare routers, export, prove an export, serve, chat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nexus_ray.cli.app import ConfigPath, Overrides, Quiet, Verbose, app, load, output
+from nexus_ray.config import Config
+from nexus_ray.console import setup_logging
+
+
+@app.command()
+def drift(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    overlay: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="overlay of the student; default: the run's trained one")
+    ] = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare the routers of base and student on the calibration text (router_drift.json)."""
+    from nexus_ray.evaluation.calibration_drift import drift_table, measure_drift
+    from nexus_ray.layout import RunLayout
+    from nexus_ray.pipeline import Run, locked
+
+    loaded = load(config, overrides, verbose, quiet, Config).config
+    with locked(Run(loaded)):
+        output.print(drift_table(measure_drift(loaded, RunLayout(loaded.run.directory), overlay)))
+
+
+@app.command()
+def export(
+    config: ConfigPath,
+    to: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="directory to write")],
+    overrides: Overrides = None,
+    overlay: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="overlay to add; default: the run's trained one")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")] = False,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="prove that the shared experts take part")] = True,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write base and overlay as one Hugging Face directory, which loads after `import nexus_ray`."""
+    from nexus_ray.huggingface.export import describe, export
+    from nexus_ray.layout import RunLayout
+
+    loaded = load(config, overrides, verbose, quiet, Config).config
+    chosen = overlay or RunLayout(loaded.run.directory).overlay
+    done = export(Path(loaded.model.path), chosen, to, overwrite=overwrite, check=_merge_check if check else None)
+    output.print(describe(done), highlight=False, soft_wrap=True)
+
+
+@app.command(name="merge-check")
+def merge_check(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="an export")],
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove that an export computes with every shared tensor, and that these are the overlay's."""
+    setup_logging(verbose=verbose, quiet=quiet)
+    _merge_check(directory)
+
+
+def _merge_check(directory: Path) -> None:
+    from nexus_ray.huggingface.merge_check import describe, merge_check, summary
+
+    report = merge_check(directory)
+    output.print(describe(report))
+    report.require_sound()
+    output.print(summary(report), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def serve(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = False, quiet: Quiet = False) -> None:
+    """Serve base and student over an OpenAI-compatible HTTP API (Ray Serve) until interrupted."""
+    from serve.app import run_service
+
+    run_service(load(config, overrides, verbose, quiet, Config).config)
+
+
+@app.command()
+def chat(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    which: Annotated[str, typer.Option("--with", help="who answers first: student, base or both")] = "student",
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Chat in the terminal; /base, /student and /both switch who answers."""
+    from nexus_ray.chat import chat as start
+
+    start(load(config, overrides, verbose, quiet, Config).config, which)
