@@ -28,12 +28,15 @@ from nexus_ray.cluster import map_over_pool
 from nexus_ray.config import Config, load_config
 from nexus_ray.console import progress
 from nexus_ray.data.packing import Batch
+from nexus_ray.errors import ConfigError
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import LoadedModel, load_base
 from nexus_ray.parts import Parts
 from nexus_ray.router.calibration import Calibration, choose_calibration
 from nexus_ray.router.candidates import CalibrationText
 from nexus_ray.router.collect import StatisticsCollector, observe, plan_units
+
+_WARM_UP_ROUNDS = 3  # in each of which another pass is the first
 
 
 def main() -> None:
@@ -43,11 +46,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=262_144, help="read by each pool of workers")
     parser.add_argument("--rounds", type=int, default=40, help="batches that the three passes alternate on")
     arguments = parser.parse_args()
+    if arguments.rounds <= _WARM_UP_ROUNDS:
+        raise ConfigError(
+            f"--rounds {arguments.rounds}: the first {_WARM_UP_ROUNDS} only warm up", "use --rounds 10 or more"
+        )
     with tempfile.TemporaryDirectory() as directory:
         overrides = [f"run.directory={directory}", f"collect.tokens={arguments.tokens}", "resources.cpus_per_worker=1"]
         config = load_config(arguments.config, overrides)
         layout = RunLayout(config.run.directory)
         calibration = choose_calibration(config, layout.calibration)
+        check_text(config, calibration)
         speeds = {workers: pool_speed(config, layout, calibration, workers) for workers in (1, 2)}
         passes = alternate(config, calibration, arguments.rounds)
     print_result(
@@ -60,6 +68,22 @@ def main() -> None:
             "tokens": sum(int(text.num_tokens.sum()) for text in calibration.sources.values()),
         }
     )
+
+
+def check_text(config: Config, calibration: Calibration) -> None:
+    """Refuse text of which there is no full batch to alternate on, or no unit of work for a second worker.
+
+    Raises:
+        ConfigError: there is too little.
+    """
+    size, units = config.collect.batch_sequences, len(plan_units(config, calibration))
+    if units < 2 or not _pieces(calibration, size):
+        most = max(map(len, calibration.sources.values()))
+        raise ConfigError(
+            f"--tokens {config.collect.tokens} gives {units} unit(s) of work and {most} sequences of a source, "
+            f"where 2 units and {size} sequences are the least",
+            "raise --tokens",
+        )
 
 
 def alternate(config: Config, calibration: Calibration, rounds: int) -> dict[str, float]:
@@ -82,7 +106,7 @@ def alternate(config: Config, calibration: Calibration, rounds: int) -> dict[str
                 passes[name](piece)
                 speeds[name].append(float(piece.num_tokens.sum()) / (time.perf_counter() - started))
             advance(1)
-    return {name: median(values[len(passes) :]) for name, values in speeds.items()}  # the first ones warm up
+    return {name: median(values[_WARM_UP_ROUNDS:]) for name, values in speeds.items()}
 
 
 @torch.no_grad()

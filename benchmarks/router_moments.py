@@ -20,9 +20,11 @@ import torch
 from _common import command_line, print_result
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA, IncrementalPCA
+from sklearn.utils import gen_batches
 from torch import Tensor
 
 from nexus_ray.console import progress
+from nexus_ray.errors import ConfigError
 from nexus_ray.router.accumulate import comoments, moments_of_logits
 from nexus_ray.router.moments import RouterMoments
 
@@ -30,7 +32,7 @@ ResultT = TypeVar("ResultT")
 _BATCH = 8192  # tokens of one forward pass
 _SELECTED = 4
 _COMPONENTS = 20  # as in the reference system's importance
-_TRIAL_ROWS, _TRIAL_BATCHES = 50_000, (2048, 8192, 32_768)
+_TRIAL_ROWS, _TRIAL_BATCHES = 65_536, (2048, 8192, 32_768)  # rows are a multiple of every batch
 _DEFAULT_BATCH = 5  # times the number of columns: IncrementalPCA's own choice
 _NEGLIGIBLE = 1e-12  # of the largest eigenvalue: probabilities sum to 1, so the smallest is zero
 _SHAPE_120B = (36, 128)  # layers, experts
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    check_rows(arguments.rows, arguments.experts)
     torch.set_num_threads(arguments.threads)
     logits = make_logits(arguments.rows, arguments.experts)
     probabilities = torch.softmax(logits, dim=-1)
@@ -54,7 +57,7 @@ def main() -> None:
     default, default_seconds = timed(lambda: incremental_pca(rows, _DEFAULT_BATCH * arguments.experts))
     batch = best_batch(rows)
     _, best_seconds = timed(lambda: incremental_pca(rows, batch))
-    whole, whole_seconds = timed(lambda: PCA(_COMPONENTS, svd_solver="covariance_eigh").fit(rows))
+    whole, whole_seconds = timed(lambda: PCA(components(arguments.experts), svd_solver="covariance_eigh").fit(rows))
     leading = exact[:_COMPONENTS]
     print_result(
         {
@@ -76,6 +79,24 @@ def main() -> None:
             "in_memory_pca_max_relative_eigenvalue_error": relative_error(whole.explained_variance_, leading),
         }
     )
+
+
+def check_rows(rows: int, experts: int) -> None:
+    """Refuse so few rows that their covariance has less rank than there are components to compare.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    least = components(experts) + 1  # the mean takes one
+    if rows < least:
+        raise ConfigError(
+            f"--rows {rows} is too few for {components(experts)} components", f"use --rows {least} or more"
+        )
+
+
+def components(experts: int) -> int:
+    """How many components IncrementalPCA finds."""
+    return min(_COMPONENTS, experts)
 
 
 def make_logits(rows: int, experts: int) -> Tensor:
@@ -136,19 +157,18 @@ def merged_covariance(probabilities: Tensor) -> Tensor:
 
 
 def best_batch(rows: NDArray[np.float32]) -> int:
-    """The batch size with which IncrementalPCA is fastest on the first rows."""
+    """The batch size with which IncrementalPCA is fastest on the first rows, all of which every size reads."""
     trial = rows[:_TRIAL_ROWS]
     return min(_TRIAL_BATCHES, key=lambda batch: timed(lambda: incremental_pca(trial, batch))[1])
 
 
 def incremental_pca(rows: NDArray[np.float32], batch: int) -> IncrementalPCA:
-    """scikit-learn's streaming PCA, batch after batch."""
-    pca = IncrementalPCA(min(_COMPONENTS, rows.shape[1]))
+    """scikit-learn's streaming PCA over all rows, in the batches that its own `fit` takes."""
+    pca = IncrementalPCA(components(rows.shape[1]))
     with progress(f"IncrementalPCA, batch {batch}", len(rows)) as advance:
-        for start in range(0, len(rows) - len(rows) % batch or batch, batch):
-            block = rows[start : start + batch]
-            pca.partial_fit(block)
-            advance(len(block))
+        for chosen in gen_batches(len(rows), batch, min_batch_size=pca.n_components):
+            pca.partial_fit(rows[chosen])
+            advance(chosen.stop - chosen.start)
     return pca
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from nexus_ray.storage import make_directory, read_json, write_json
+from nexus_ray.storage import make_directory, read_json, storage_error, write_json
 
 logger = logging.getLogger(__name__)
 _RECIPE = "recipe.json"
@@ -38,14 +38,16 @@ class Parts:
     Attributes:
         directory: where they are kept while the stage runs.
         suffix: of the file, one a piece of work, whose presence says that it is done.
+        prefix: of the file; a recipe in it keeps a worker of another job, still dying, from passing for this one.
     """
 
     directory: Path
     suffix: str
+    prefix: str = "shard"
 
     def path(self, work: Work) -> Path:
         """The file whose presence says that `work` is done; it must be written atomically and last."""
-        return self.directory / f"shard-{work.index:05d}{self.suffix}"
+        return self.directory / f"{self.prefix}-{work.index:05d}{self.suffix}"
 
     def begin(self, recipe: str) -> None:
         """Start empty, unless the directory was begun with the same recipe.
@@ -73,8 +75,16 @@ class Parts:
         self._remove_temporaries()
 
     def discard(self) -> None:
-        """Remove the directory and everything in it."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Remove the directory and everything in it.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        if self.directory.exists():
+            try:
+                shutil.rmtree(self.directory)
+            except OSError as error:
+                raise storage_error(error, self.directory) from error
 
     def _remove_temporaries(self) -> None:
         for leftover in self.directory.glob(".*.partial"):

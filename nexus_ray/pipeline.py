@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.config import STAGES, Config, save_config
 from nexus_ray.data.sources import describe_files
+from nexus_ray.data.vocabulary import tokenizer_files
 from nexus_ray.errors import ConfigError, NexusError
 from nexus_ray.layout import RunLayout
 from nexus_ray.stages import BY_NAME
@@ -41,6 +42,11 @@ class Run:
     def fingerprint(self) -> str:
         """Identity of the base model."""
         return fingerprint(self.config.model.path)
+
+    @cached_property
+    def tokenizer(self) -> dict[str, str]:
+        """Identity of the tokenizer and the chat template."""
+        return tokenizer_files(Path(self.config.model.path))
 
     @cached_property
     def train_text(self) -> list[list[str | int]]:
@@ -141,6 +147,7 @@ def _run_stage(run: Run, name: str) -> None:
     if not started.exists() or read_json(started, what="stage marker", hint="delete it")["recipe"] != recipe:
         _remove_state(run, name)
         write_json(started, {"recipe": recipe})
+    _record_path(run.layout, name).unlink(missing_ok=True)  # of outputs that are about to change
     logger.info("%s: started", name)
     begin = time.monotonic()
     BY_NAME[name].run(run, recipe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,14 +43,16 @@ def _dump(section: Section, *drop: str) -> dict[str, Any]:
     return section.model_dump(mode="json", exclude=set(drop))
 
 
-def _data(run: Run) -> dict[str, Any]:
+def _data(run: Run, sources: Collection[str] | None = None) -> dict[str, Any]:
+    """The training text, of all sources unless they are named."""
     data = run.config.data
-    return {"length": data.sequence_length, "shard_bytes": data.shard_bytes, "text": run.train_text}
+    text = [entry for entry in run.train_text if sources is None or entry[0] in sources]
+    return {"length": data.sequence_length, "shard_bytes": data.shard_bytes, "text": text}
 
 
 def _base(run: Run) -> dict[str, Any]:
-    """The base and how it computes; its place is not part of the recipe."""
-    return {"base": run.fingerprint, "model": _dump(run.config.model, "path")}
+    """The base, its tokenizer and how it computes; its place is not part of the recipe."""
+    return {"base": run.fingerprint, "tokenizer": run.tokenizer, "compute": run.config.compute}
 
 
 def _collect(run: Run, recipe: str) -> None:
@@ -61,13 +63,15 @@ def _collect(run: Run, recipe: str) -> None:
 
 def _select(run: Run, recipe: str) -> None:
     from nexus_ray.router.artefact import RouterStatistics
-    from nexus_ray.selection.plots import plot_selection
-    from nexus_ray.selection.report import write_report
+    from nexus_ray.selection.figures.selection_figures import plot_selection
+    from nexus_ray.selection.report.report import write_report
     from nexus_ray.selection.selection import select
 
-    selection = select(run.config, run.layout)
-    plot_selection(selection, RouterStatistics.load(run.layout.router_stats), run.layout.plots)
-    write_report(selection, run.layout.selection_report, run.layout.plots)
+    selection, statistics = select(run.config, run.layout), RouterStatistics.load(run.layout.router_stats)
+    # Written before there are figures too: a figure that cannot be drawn does not cost the report.
+    write_report(selection, statistics, run.layout.selection_report, run.layout.plots)
+    plot_selection(selection, statistics, run.layout.plots)
+    write_report(selection, statistics, run.layout.selection_report, run.layout.plots)
     logger.info("report on the selection: %s", run.layout.selection_report)
 
 
@@ -102,7 +106,7 @@ ALL = (
         (),
         lambda run: {
             **_base(run),
-            "data": _data(run),
+            "data": _data(run, run.config.collect.mixture),
             "collect": _dump(run.config.collect),
             "seed": run.config.run.seed,
         },
@@ -117,14 +121,19 @@ ALL = (
         "select",
         _select,
         ("collect",),
-        lambda run: {"select": _dump(run.config.select)},
+        lambda run: {"select": _dump(run.config.select), "roles": run.config.roles()},
         lambda layout: (layout.selection, layout.selection_report),
     ),
     Stage(
         "convert",
         _convert,
         ("select",),
-        lambda run: {"convert": _dump(run.config.convert), "seed": run.config.run.seed},
+        lambda run: {
+            "convert": _dump(run.config.convert),
+            "compute": run.config.compute,
+            "roles": run.config.roles(),
+            "seed": run.config.run.seed,
+        },
         lambda layout: (layout.initial_overlay, layout.conversion),
     ),
     Stage(
@@ -155,7 +164,11 @@ ALL = (
         "evaluate",
         _evaluate,
         ("train",),
-        lambda run: {"evaluate": _dump(run.config.evaluate), "text": run.heldout_text},
+        lambda run: {
+            "evaluate": _dump(run.config.evaluate),
+            "text": run.heldout_text,
+            "roles": run.config.roles(),
+        },
         lambda layout: (layout.report, layout.report.with_suffix(".md")),
     ),
 )

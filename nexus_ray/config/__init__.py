@@ -13,18 +13,16 @@ from nexus_ray.config.resolve import (
     resolve_config,
     save_config,
 )
-from nexus_ray.config.schema import (
-    STAGES,
+from nexus_ray.config.schema import STAGES, Config, PretrainRun
+from nexus_ray.config.sections import (
     ArchitectureSection,
     CollectSection,
-    Config,
     ConvertSection,
     DataSection,
     EvaluateSection,
     Initialisation,
     ModelSection,
     OptimiserSection,
-    PretrainRun,
     PretrainSection,
     ResourcesSection,
     RunSection,

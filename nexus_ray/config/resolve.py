@@ -10,7 +10,8 @@ from typing import Any, Generic, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nexus_ray.config.schema import Config, Section, nearest
+from nexus_ray.config.schema import Config, nearest
+from nexus_ray.config.sections import Section
 from nexus_ray.errors import ConfigError
 from nexus_ray.storage import write_text
 

@@ -10,7 +10,6 @@ and two float64 matrices of [width, width] and [width, hidden].
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +76,9 @@ def fit_layers(
 def calibration_batch(config: Config, path: Path) -> Batch:
     """`convert.calibration_sequences` of the run's calibration text, at even distances in each domain source.
 
+    Domain sources give equally many, and at least one each, however few are asked for. Text of sources that the
+    configuration no longer has is passed over.
+
     Args:
         config: the run.
         path: of the calibration text that `collect` chose.
@@ -85,15 +87,16 @@ def calibration_batch(config: Config, path: Path) -> Batch:
         ArtefactError: it is missing, damaged or holds no domain source.
     """
     sources = Calibration.load(path).sources
-    domain = [name for name in sources if config.data.sources[name].role == "domain"]
+    known = config.data.sources
+    domain = [text for name, text in sources.items() if name in known and known[name].role == "domain"]
     if not domain:
         raise ArtefactError(f"{path} holds no text of a domain source", "run `nexus-ray collect CONFIG` again")
-    each = math.ceil(config.convert.calibration_sequences / len(domain))
-    chosen = [_spread(sources[name], each).batch() for name in domain]
-    rows = slice(config.convert.calibration_sequences)
+    total = max(config.convert.calibration_sequences, len(domain))
+    counts = np.diff(np.arange(len(domain) + 1) * total // len(domain)).tolist()
+    chosen = [_spread(text, count).batch() for text, count in zip(domain, counts, strict=True)]
     return Batch(
-        np.concatenate([batch.input_ids for batch in chosen])[rows],
-        np.concatenate([batch.num_tokens for batch in chosen])[rows],
+        np.concatenate([batch.input_ids for batch in chosen]),
+        np.concatenate([batch.num_tokens for batch in chosen]),
     )
 
 
@@ -129,12 +132,13 @@ def _with_down(expert: ExpertWeights, fit: RidgeFit) -> ExpertWeights:
 @torch.no_grad()
 def _run_blocks(base: LoadedModel, batch: Batch, visit: Callable[[int, Tensor, Tensor], None]) -> None:
     """Run the base without its head; call `visit(layer, inputs, outputs)`, [valid tokens, hidden] both."""
-    valid = torch.from_numpy(batch.valid).to(base.device)
+    valid = torch.from_numpy(batch.valid)
 
     def visiting(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor | tuple[Tensor, ...]], None]:
         def hook(_block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             routed = output[0] if isinstance(output, tuple) else output
-            visit(layer, inputs[0][valid], routed.view_as(inputs[0])[valid])
+            mask = valid.to(inputs[0].device)  # layers may be spread over several devices
+            visit(layer, inputs[0][mask], routed.view_as(inputs[0])[mask])
 
         return hook
 
@@ -142,7 +146,7 @@ def _run_blocks(base: LoadedModel, batch: Batch, visit: Callable[[int, Tensor, T
     hooks = [block.register_forward_hook(visiting(layer)) for layer, block in enumerate(blocks)]
     input_ids = torch.from_numpy(batch.input_ids.astype(np.int64)).to(base.device)
     try:
-        base.model.base_model(input_ids=input_ids, attention_mask=valid.long(), use_cache=False)
+        base.model.base_model(input_ids=input_ids, attention_mask=valid.long().to(base.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

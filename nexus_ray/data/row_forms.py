@@ -7,6 +7,7 @@ that training on a conversation and chatting with the model use the same tokens.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ _PAIRS = (
 _ADDITIONS = ("input", "context")  # to an instruction
 _SYSTEM = ("system", "system_prompt")
 _REASONING = ("thinking", "reasoning_content", "reasoning")
+_DEEPEST = 100  # levels of fields and lists in a conversation: far more than any has, far fewer than recursion allows
 _ACCEPTED = (
     f"accepted: 'text' or data.sources.NAME.text_field, {', '.join(map(repr, _CONVERSATIONS))}, "
     f"{', '.join(f'{question!r} with {answer!r}' for question, answer in _PAIRS)}"
@@ -61,7 +63,8 @@ def document_of(row: Any, text_field: str | None = None, place: str = "") -> Doc
         place: passed on to the document.
 
     Raises:
-        DataError: the row fits no form, has an unknown role, or holds what cannot be written as UTF-8.
+        DataError: the row fits no form, has an unknown role, is nested too deeply for a conversation, or holds what
+            cannot be written as UTF-8.
     """
     if not isinstance(row, dict):
         raise DataError(f"the row is a {type(row).__name__}, not an object with fields", _ACCEPTED)
@@ -90,6 +93,7 @@ def _conversation(messages: list[Message], row: dict[str, Any], place: str) -> D
     if system is not None and messages[0]["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": system}, *messages]
     tools = _tools(row.get("tools"))
+    _require_shallow([messages, tools])
     _require_unicode(json.dumps([messages, tools], ensure_ascii=False, default=str))
     return Document(messages=tuple(messages), tools=tools, place=place)
 
@@ -130,6 +134,7 @@ def _normalised(items: list[Any], name: str) -> list[Message]:
 
 def _message(item: Any) -> Message:
     """A message with the field names that chat templates know; what else it has is kept."""
+    _require_shallow(item)
     if not isinstance(item, dict):
         raise DataError(f"a message must be an object with role and content, not a {type(item).__name__}")
     message: Message = _without_nulls(item)
@@ -193,6 +198,7 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
             raise DataError(f"'tools' is not JSON: {error}") from error
     if not value:
         return None
+    _require_shallow(value)
     if not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
         raise DataError("'tools' must be a list of functions")
     return tuple(_without_nulls(value))
@@ -205,6 +211,22 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nulls(inner) for inner in value]
     return value
+
+
+def _require_shallow(value: Any) -> None:
+    """Whoever handles a conversation goes through it by recursion, chat templates too: a hostile row exhausts that."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return
+    raise DataError(f"the row has more than {_DEEPEST} levels of fields and lists", "flatten it or take it out")
+
+
+def _inside(value: Any) -> Collection[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
 
 
 def _require_unicode(text: str) -> None:

@@ -7,6 +7,7 @@ and `shard_bytes`, never on how many workers read.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -68,13 +69,16 @@ def list_shards(data: DataSection, split: Split, names: tuple[str, ...] | None =
     return shards
 
 
-def describe_files(data: DataSection, split: Split) -> list[list[str | int]]:
+def describe_files(data: DataSection, split: Split, names: Collection[str] | None = None) -> list[list[str | int]]:
     """[source, text field, name, size, digest] of every file and dataset of a split: equal when the text is the same.
+
+    Of the named sources, by default all.
 
     Local files are hashed whole; for remote ones the store's own checksum stands in, for datasets their fingerprint.
     """
     described: list[list[str | int]] = []
-    for name, source in data.sources.items():
+    for name in names if names is not None else data.sources:
+        source = data.sources[name]
         for path in _expand(name, source, split):
             described.append([name, source.text_field or "", *_identity(path)])
     return described
@@ -83,14 +87,6 @@ def describe_files(data: DataSection, split: Split) -> list[list[str | int]]:
 def is_on_the_hub(source: SourceSection) -> bool:
     """Whether a source's training text has to be downloaded before it can be listed."""
     return any(pattern.startswith(SCHEME) for pattern in source.train)
-
-
-def text_version(path: str) -> str:
-    """A token that changes when the file or dataset of a shard does, without reading it: its time of change, say."""
-    if is_reference(path):
-        return str(hub_datasets.identity(path))
-    filesystem, plain = fsspec.core.url_to_fs(path)
-    return str(filesystem.ukey(plain))
 
 
 def text_size(path: str) -> int:

@@ -8,15 +8,21 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.config import Config
 from nexus_ray.errors import ArtefactError
 from nexus_ray.layout import RunLayout
-from nexus_ray.router.artefact import RouterStatistics
-from nexus_ray.router.collect import collect
+from nexus_ray.router.artefact import Description, RouterStatistics
+from nexus_ray.router.calibration import Calibration
+from nexus_ray.router.collect import collect, describe_statistics
 from nexus_ray.router.comparison import as_rows, compare_routers
 from nexus_ray.storage import write_json
 
+_FIELDS = {
+    "base_fingerprint": "base model",
+    "tokenizer_sha256": "tokenizer",
+    "calibration_sha256": "calibration text",
+    "compute": "way of computing",
+}
 _FIGURES = {
     "usage_distance": "usage",
     "probability_distance": "probability",
@@ -43,15 +49,23 @@ def measure_drift(config: Config, layout: RunLayout, overlay: Path | None = None
     if not overlay.is_dir():
         raise ArtefactError(f"no overlay at {overlay}", "run `nexus-ray train CONFIG`, or name one with --overlay")
     base = RouterStatistics.load(layout.router_stats)
-    if base.description.base_fingerprint != fingerprint(config.model.path):
-        raise ArtefactError(
-            f"{layout.router_stats} was collected from another model than model.path",
-            "run `nexus-ray collect CONFIG` again",
-        )
+    _check_comparable(base.description, config, layout)
     student = collect(config, layout, overlay)
     result = {name: as_rows(compare_routers(moments, student.sources[name])) for name, moments in base.sources.items()}
     write_json(layout.router_drift, result)
     return result
+
+
+def _check_comparable(base: Description, config: Config, layout: RunLayout) -> None:
+    """Whether the student would be observed as the base was: same weights, text and computation."""
+    now = describe_statistics(config, Calibration.load(layout.calibration), None)
+    for field in ("base_fingerprint", "tokenizer_sha256", "calibration_sha256", "compute"):
+        before, after = getattr(base, field), getattr(now, field)
+        if before != after:
+            raise ArtefactError(
+                f"{layout.router_stats} was collected with another {_FIELDS[field]} ({before}, now {after})",
+                "run `nexus-ray collect CONFIG --force`, or undo the change",
+            )
 
 
 def drift_table(result: dict[str, Any]) -> Table:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from numpy.typing import NDArray
 
 from nexus_ray.cluster import map_over_pool, set_worker_threads
 from nexus_ray.config import Config, EvaluateSection
-from nexus_ray.data.packing import Batch, batches, pack_shard, token_byte_lengths
+from nexus_ray.data.packing import Batch, PackedSequence, batches, pack_shard, token_byte_lengths
+from nexus_ray.data.shard_sizes import estimate_tokens
 from nexus_ray.data.sources import Shard, list_shards
 from nexus_ray.data.unreadable import UnreadableRows
 from nexus_ray.errors import ArtefactError, ConfigError, DataError
@@ -32,10 +32,10 @@ from nexus_ray.evaluation.perplexity import (
     target_bytes,
     token_perplexity,
 )
-from nexus_ray.evaluation.routers import MomentsPair, PairedRouters
+from nexus_ray.evaluation.routers import DIVERGED, MomentsPair, PairedRouters
 from nexus_ray.layout import RunLayout
 from nexus_ray.router.comparison import as_rows
-from nexus_ray.router.moments import HALVES
+from nexus_ray.router.halves import first_half_shares, halves_of_shard
 
 logger = logging.getLogger(__name__)
 _LARGEST_NATS = 700.0  # per token; past it a perplexity is no finite number
@@ -57,7 +57,7 @@ def evaluate(config: Config, layout: RunLayout) -> dict[str, Any]:
     Raises:
         ConfigError: no source has held-out text.
         DataError: a source's held-out text is shorter than two sequences.
-        ArtefactError: there is no trained overlay, or its losses are not finite.
+        ArtefactError: there is no trained overlay, or it gives NaN or infinite losses or router logits.
     """
     if not layout.overlay.exists():
         raise ArtefactError(f"no trained overlay at {layout.overlay}", "run `nexus-ray train CONFIG`")
@@ -67,27 +67,28 @@ def evaluate(config: Config, layout: RunLayout) -> dict[str, Any]:
 
 
 def plan_scoring(config: Config) -> tuple[list[Shard], list[dict[str, Any]]]:
-    """The held-out shards that are read, and for each what its scorer is given."""
+    """The held-out shards that are read, and for each what its scorer is given.
+
+    Router moments are kept for two halves of each source, divided by `router/halves.py` with estimated sizes.
+    """
     shards = list_shards(config.data, "heldout", _sources_with_heldout(config))
     limits = _sequence_limits(shards, config.evaluate.max_sequences_per_source)
-    read = {shard.index: limit for shard, limit in zip(shards, limits, strict=True) if limit != 0}
-    shards = [shard for shard in shards if shard.index in read]
-    halves = _halves(shards)
-    return shards, [shard.as_row() | {"limit": read[shard.index], "half": halves[shard.index]} for shard in shards]
+    shares = _first_half_shares(shards, limits, config.data.sequence_length)
+    read = [index for index, limit in enumerate(limits) if limit != 0]
+    items = [shards[index].as_row() | {"limit": limits[index], "first_half": shares[index]} for index in read]
+    return [shards[index] for index in read], items
 
 
-def _halves(shards: Sequence[Shard]) -> dict[int, int]:
-    """The half, 0 or 1, that each shard's router moments count for: every other one of a source.
-
-    -1 for the only shard of a source, whose sequences alternate.
-    """
-    sources = Counter(shard.source for shard in shards)
-    seen: Counter[str] = Counter()
-    halves = {}
-    for shard in shards:
-        halves[shard.index] = seen[shard.source] % HALVES if sources[shard.source] > 1 else -1
-        seen[shard.source] += 1
-    return halves
+def _first_half_shares(shards: Sequence[Shard], limits: Sequence[int | None], length: int) -> list[float]:
+    """How much of each shard's moments, from its beginning, counts for the first half of its source."""
+    sizes = estimate_tokens(shards)
+    most = np.asarray([np.inf if limit is None else limit * length for limit in limits])
+    sources = np.asarray([shard.source for shard in shards])
+    shares = np.zeros(len(shards))
+    for source in np.unique(sources):
+        mine = sources == source
+        shares[mine] = first_half_shares(np.minimum(sizes, most)[mine])
+    return [float(share) for share in shares]
 
 
 def _sources_with_heldout(config: Config) -> tuple[str, ...]:
@@ -131,23 +132,29 @@ class PairedScorer:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Score one shard row; returns lists of plain numbers, one a sequence or one a layer, and moments as bytes."""
-        limit, half = row["limit"], int(row["half"])
-        shard = Shard(**{name: value for name, value in row.items() if name not in ("limit", "half")})
+        row = dict(row)
+        limit, first_half = row.pop("limit"), float(row.pop("first_half"))
+        shard = Shard(**row)
         unreadable = UnreadableRows(self.config.data.strict)
+        sequences, halves = _with_halves(self._sequences(shard, limit, unreadable), first_half)
+        names = (f"{number} of {shard.path}, {shard.start} to {shard.stop}" for number in itertools.count())
         parts = []
         routers = PairedRouters.zero(self.student.dimensions)
-        for batch in self._batches(shard, limit, unreadable):
-            losses, moved = self._score(batch, half)
+        for batch in batches(sequences, self.config.evaluate.batch_sequences):
+            size = len(batch.num_tokens)
+            half = np.asarray(list(itertools.islice(halves, size)))
+            losses, moved = self._score(batch, half, list(itertools.islice(names, size)))
             parts.append(losses)
             routers += moved
         return _as_row(shard.index, PairedLosses.concatenate(parts), routers) | unreadable.as_row()
 
-    def _batches(self, shard: Shard, limit: int | None, unreadable: UnreadableRows) -> Iterator[Batch]:
+    def _sequences(self, shard: Shard, limit: int | None, unreadable: UnreadableRows) -> Iterator[PackedSequence]:
         length = self.config.data.sequence_length
-        sequences = pack_shard(shard, self.student.tokenizer, length, unreadable.handler)
-        return batches(itertools.islice(sequences, limit), self.config.evaluate.batch_sequences)
+        return itertools.islice(pack_shard(shard, self.student.tokenizer, length, unreadable.handler), limit)
 
-    def _score(self, batch: Batch, half: int) -> tuple[PairedLosses, PairedRouters]:
+    def _score(
+        self, batch: Batch, half: NDArray[np.integer], names: Sequence[str]
+    ) -> tuple[PairedLosses, PairedRouters]:
         with self.student.base():
             logits, base_router = self.student.forward_batch(batch)
         base_nats = sequence_nats(logits, batch)
@@ -159,10 +166,19 @@ class PairedScorer:
             batch.is_target.sum(axis=1),
             target_bytes(batch, self.byte_lengths),
         )
-        sequences = len(batch.num_tokens)
-        halves = np.full(sequences, half) if half >= 0 else np.arange(sequences) % HALVES
         top_k = self.student.dimensions.experts_per_token
-        return losses, PairedRouters.of(base_router, student_router, batch.valid, halves, top_k)
+        return losses, PairedRouters.of(base_router, student_router, batch.valid, half, top_k, names)
+
+
+def _with_halves(
+    sequences: Iterable[PackedSequence], first_half: float
+) -> tuple[Iterable[PackedSequence], Iterator[int]]:
+    """The sequences of a shard and the half of each; only a shard that is cut has to be packed to its end first."""
+    if first_half in (0, 1):
+        return sequences, itertools.repeat(1 - int(first_half))
+    packed = list(sequences)
+    num_tokens = np.asarray([sequence.num_tokens for sequence in packed], np.int32)
+    return packed, iter(halves_of_shard(num_tokens, first_half).tolist())
 
 
 def _as_row(shard: int, losses: PairedLosses, routers: PairedRouters) -> dict[str, Any]:
@@ -246,8 +262,7 @@ def _check(source: str, losses: PairedLosses, config: Config) -> None:
             "add held-out text or lower data.sequence_length",
         )
     _check_finite("base model", losses.base_nats, losses, source, "check the weights at model.path")
-    hint = "train again with a lower train.optimiser.learning_rate"
-    _check_finite("student", losses.student_nats, losses, source, hint)
+    _check_finite("student", losses.student_nats, losses, source, DIVERGED)
 
 
 def _check_finite(model: str, nats: NDArray[np.float64], losses: PairedLosses, source: str, hint: str) -> None:

@@ -10,11 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nexus_ray.errors import ArtefactError, DataError
 from nexus_ray.evaluation.drift import DriftSums, router_drift
 from nexus_ray.families import MoeDimensions
 from nexus_ray.router.accumulate import moments_of_logits
 from nexus_ray.router.comparison import LayerComparison, compare_routers
 from nexus_ray.router.moments import OrderedMerge, RouterMoments
+
+DIVERGED = "train again with a lower train.optimiser.learning_rate"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,13 @@ class PairedRouters:
 
     @classmethod
     def of(
-        cls, base: Tensor, student: Tensor, valid: NDArray[np.bool_], half: NDArray[np.integer], top_k: int
+        cls,
+        base: Tensor,
+        student: Tensor,
+        valid: NDArray[np.bool_],
+        half: NDArray[np.integer],
+        top_k: int,
+        names: Sequence[str] = (),
     ) -> PairedRouters:
         """Those of one batch.
 
@@ -49,12 +58,18 @@ class PairedRouters:
             valid: [sequences, length] true on tokens, false on padding.
             half: [sequences] 0 or 1, the half of the text that each sequence belongs to.
             top_k: experts that the router selects.
+            names: of the sequences, for messages; default: their numbers.
+
+        Raises:
+            DataError: the base's routers give NaN or infinity.
+            ArtefactError: the student's do, where the base's do not.
         """
-        return cls(
-            router_drift(base, student, torch.from_numpy(valid), top_k),
-            moments_of_logits(base, valid, half, top_k),
-            moments_of_logits(student, valid, half, top_k),
-        )
+        base_moments = moments_of_logits(base, valid, half, top_k, names=names)
+        try:
+            student_moments = moments_of_logits(student, valid, half, top_k, names=names)
+        except DataError as error:
+            raise ArtefactError(f"the trained overlay diverged: the student's {error.message}", DIVERGED) from error
+        return cls(router_drift(base, student, torch.from_numpy(valid), top_k), base_moments, student_moments)
 
     def __add__(self, other: PairedRouters) -> PairedRouters:
         return PairedRouters(self.drift + other.drift, self.base.merge(other.base), self.student.merge(other.student))

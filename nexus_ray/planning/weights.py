@@ -47,20 +47,6 @@ class OverlaySize:
     stored_bytes: int
 
 
-def compute_device(config: Config) -> Device:
-    """Where the model will be: on a GPU when workers get one, unless the configuration says otherwise."""
-    if config.model.device != "auto":
-        return config.model.device
-    return "cuda" if config.resources.gpus_per_worker > 0 else "cpu"
-
-
-def compute_dtype(config: Config) -> torch.dtype:
-    """Type of the model's weights and activations."""
-    if config.model.dtype == "auto":
-        return torch.bfloat16 if compute_device(config) == "cuda" else torch.float32
-    return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-
-
 def base_weights(sizes: ModelSizes, *, packed: bool, dtype: torch.dtype, device: Device) -> BaseWeights:
     """Bytes of the base's weights.
 

@@ -17,14 +17,13 @@ from nexus_ray.planning.weights import (
     OverlaySize,
     base_part,
     base_weights,
-    compute_device,
-    compute_dtype,
     overlay_part,
     overlay_size,
     overlay_width,
 )
 
 FLOAT32 = 4
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Anonymous memory (RssAnon in /proc/self/status) of a process apart from its tensors, measured on Linux.
 WORKER_PROCESS = 360 * MIB  # a Ray actor that has imported nexus_ray.training.distil and ray.train
 CUDA_CONTEXT = 500 * MIB  # driver context and kernels on each device; assumed, not measured
@@ -58,7 +57,7 @@ class Worker:
     @classmethod
     def of(cls, config: Config, sizes: ModelSizes, text: Mapping[str, SourceText] | None = None) -> Worker:
         """The worker of a run."""
-        device, dtype = compute_device(config), compute_dtype(config)
+        device, dtype = config.compute_device, _DTYPES[config.compute_dtype]
         weights = base_weights(sizes, packed=config.model.experts == "packed", dtype=dtype, device=device)
         devices = max(1, int(config.resources.gpus_per_worker))
         return cls(config, sizes, device, devices, dtype, weights, overlay_size(sizes, config), text or {})

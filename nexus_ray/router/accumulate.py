@@ -40,7 +40,8 @@ def moments_of_logits(
         names: of the sequences, for messages; default: their numbers.
 
     Raises:
-        DataError: a logit or output of a valid token is NaN or infinite; names layer and sequence.
+        DataError: a logit or output of a valid token is NaN or infinite; names the first layer where one is, which
+            is where the others come from, and its first sequence.
     """
     mask = torch.as_tensor(valid, device=router_logits.device)
     _check_finite(router_logits, expert_norms, mask, names)
@@ -132,21 +133,27 @@ def _check_finite(
     router_logits: Tensor, expert_norms: Sequence[ExpertNorms], valid: Tensor, names: Sequence[str]
 ) -> None:
     """Raise when a logit or an output of a valid token is NaN or infinite."""
-    _refuse_broken("router logits of", router_logits, valid, names)
+    found = [("router logits of", _first_broken(router_logits, valid))]
     if expert_norms:
         outputs = [norms.contributions.to(valid.device).view(*valid.shape, -1) for norms in expert_norms]
-        _refuse_broken("expert outputs of", torch.stack(outputs, dim=2), valid, names)
-
-
-def _refuse_broken(what: str, values: Tensor, valid: Tensor, names: Sequence[str]) -> None:
-    """Raise when [sequences, length, layers, n] values of a valid token are not finite; names the first one."""
-    if torch.isfinite(values[valid].sum()):  # NaN and infinity survive a sum
-        return
-    broken = valid[:, :, None] & ~torch.isfinite(values).all(dim=-1)
-    if broken.any():
-        sequence, position, layer = torch.nonzero(broken)[0].tolist()
+        found.append(("expert outputs of", _first_broken(torch.stack(outputs, dim=2), valid)))
+    broken = [(*place, what) for what, place in found if place is not None]
+    if broken:
+        # the router of a layer is before its experts, and whatever they break reaches all later layers
+        layer, sequence, position, what = min(broken, key=lambda entry: entry[0])
         name = names[sequence] if names else str(sequence)
         raise DataError(
             f"{what} layer {layer} are NaN or infinite in sequence {name}, token {position}",
             "check the base model's weights, or try model.dtype=float32",
         )
+
+
+def _first_broken(values: Tensor, valid: Tensor) -> tuple[int, int, int] | None:
+    """(layer, sequence, token) of the first valid token whose [sequences, length, layers, n] values are not finite."""
+    if torch.isfinite(values[valid].sum()):  # NaN and infinity survive a sum
+        return None
+    places = torch.nonzero((valid[:, :, None] & ~torch.isfinite(values).all(dim=-1)).permute(2, 0, 1))
+    if not len(places):
+        return None
+    layer, sequence, position = places[0].tolist()
+    return layer, sequence, position

@@ -28,6 +28,8 @@ class Description(ArrayDescription):
         experts: routed experts of a layer.
         experts_per_token: experts the router selects for a token.
         tokens: tokens of each source.
+        compute: device, type and experts that the model was computed with.
+        calibration_sha256: identity of the calibration text.
         calibration: how the text of each source was chosen.
     """
 
@@ -40,6 +42,8 @@ class Description(ArrayDescription):
     experts: int
     experts_per_token: int
     tokens: dict[str, int]
+    compute: dict[str, str] = Field(default_factory=dict)
+    calibration_sha256: str = ""
     calibration: dict[str, CalibrationSample] = Field(default_factory=dict)
 
 

@@ -174,7 +174,7 @@ def _recipe(config: Config, work: Sequence[CandidateWork]) -> str:
             "budgets": token_budgets(config),
             "sampling": [section.sampling, section.candidates, config.run.seed],
             "work": [[item.shard.as_row(), item.sequences] for item in work],
-            "text": describe_files(config.data, "train"),
+            "text": describe_files(config.data, "train", tuple(token_budgets(config))),
         }
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,16 @@ from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.cluster import map_over_pool
 from nexus_ray.config import Config
 from nexus_ray.data.packing import Batch, pack_shard
+from nexus_ray.data.shard_sizes import estimate_tokens
 from nexus_ray.data.sources import Shard, list_shards
 from nexus_ray.data.unreadable import UnreadableRows
 from nexus_ray.errors import DataError
 from nexus_ray.modeling.loading import load_tokenizer
+from nexus_ray.router.halves import divide_in_halves
 from nexus_ray.router.moments import HALVES
 
+logger = logging.getLogger(__name__)
+_ENOUGH = 0.9  # of the tokens asked for
 SEQUENCE_FIELDS = ("input_ids", "num_tokens", "half", "shard", "position")
 
 
@@ -82,34 +87,42 @@ def token_budgets(config: Config) -> dict[str, int]:
 def plan_candidates(config: Config) -> list[CandidateWork]:
     """What is tokenised to choose from: `collect.candidates` times as many sequences as will be chosen.
 
-    Each shard gives the same number of sequences, rounded up. A source of more shards than that gives one sequence of
-    each of as many shards as needed, at even distances.
+    A source of many shards gives one sequence of each of as many as needed, at even distances; of shards too short for
+    a whole sequence, more are needed. Where all shards are, each gives sequences in proportion to its size.
     """
     shards = list_shards(config.data, "train", tuple(token_budgets(config)))
     work = []
     for name, budget in token_budgets(config).items():
         wanted = HALVES * sequences_of_half(config, budget) * config.collect.candidates
-        chosen = _evenly_spaced([shard for shard in shards if shard.source == name], wanted)
-        each = math.ceil(wanted / len(chosen))
-        work += [CandidateWork(shard, each) for shard in chosen]
+        work += _plan_source([shard for shard in shards if shard.source == name], wanted, config.data.sequence_length)
     return work
 
 
-def divide_in_halves(shards: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The half, 0 or 1, of each candidate of a source, given the shard each one comes from, in rising order.
+def _plan_source(shards: list[Shard], wanted: int, length: int) -> list[CandidateWork]:
+    """What of one source's shards is tokenised to get `wanted` sequences of `length` tokens."""
+    sequences = estimate_tokens(shards) / length
+    chosen = _evenly_spaced(np.minimum(sequences, 1), wanted)
+    if len(chosen) < len(shards):
+        return [CandidateWork(shards[index], 1) for index in chosen]
+    each = np.ceil(sequences * (wanted / sequences.sum())).astype(int)
+    return [CandidateWork(shard, count) for shard, count in zip(shards, each.tolist(), strict=True)]
 
-    Shards go to the half that has fewer sequences so far, the largest shards first.
+
+def _evenly_spaced(gives: NDArray[np.float64], wanted: int) -> list[int]:
+    """Numbers of shards at even distances that together give what is wanted, or all of them.
+
+    Args:
+        gives: [shards] sequences that each gives, at most 1.
+        wanted: sequences.
     """
-    numbers, counts = np.unique(shards, return_counts=True)
-    if len(numbers) == 1:
-        return (np.arange(len(shards)) >= math.ceil(len(shards) / HALVES)).astype(np.int32)
-    half_of = {}
-    sizes = [0] * HALVES
-    for index in np.argsort(-counts, kind="stable"):
-        half = sizes.index(min(sizes))
-        half_of[int(numbers[index])] = half
-        sizes[half] += int(counts[index])
-    return np.asarray([half_of[int(number)] for number in shards], np.int32)
+    count = wanted
+    while count < len(gives):
+        chosen = np.arange(count) * len(gives) // count
+        expected = float(gives[chosen].sum())
+        if expected >= wanted:
+            return chosen.tolist()
+        count = max(count + 1, math.ceil(count * wanted / expected))
+    return list(range(len(gives)))
 
 
 class CandidateReader:
@@ -145,7 +158,7 @@ def read_candidates(
     unreadable = UnreadableRows(strict=config.data.strict)
     for name in token_budgets(config):
         mine = [found[item.shard.index] for item in work if item.shard.source == name]
-        sources[name] = _join(mine, config.data.sequence_length)
+        sources[name] = _join(mine, config.data.sequence_length, _tokens_of_half(config, name))
         for row in mine:
             unreadable.add_row(name, row)
         if unreadable.total(name):
@@ -154,6 +167,8 @@ def read_candidates(
     unreadable.warn("train", empty)
     if empty:
         raise DataError(f"data.sources.{empty[0]}.train holds no text", "add text or leave the source out")
+    for name, text in sources.items():
+        _warn_if_short(config, name, text, [item for item in work if item.shard.source == name])
     return sources, skipped
 
 
@@ -162,20 +177,43 @@ def sequences_of_half(config: Config, budget: int) -> int:
     return math.ceil(budget / (HALVES * config.data.sequence_length))
 
 
-def _join(rows: Sequence[dict[str, Any]], length: int) -> CalibrationText:
-    """The sequences that readers returned, rows in shard order."""
+def _tokens_of_half(config: Config, name: str) -> int:
+    """The most tokens that are chosen of each half of a source."""
+    return sequences_of_half(config, token_budgets(config)[name]) * config.data.sequence_length
+
+
+def _warn_if_short(config: Config, name: str, text: CalibrationText, work: Sequence[CandidateWork]) -> None:
+    """Say when a source's candidates hold much less than was asked for, and what would help."""
+    budget, most = token_budgets(config)[name], _tokens_of_half(config, name)
+    available = sum(min(int(text.num_tokens[text.half == half].sum()), most) for half in range(HALVES))
+    if available >= _ENOUGH * budget:
+        return
+    unread = _stops_early(text, work) or len(work) < len(list_shards(config.data, "train", (name,)))
+    remedy = "raise collect.candidates to read more of it" if unread else "it has no more text"
+    logger.warning(
+        "data.sources.%s.train gives %s of the %s calibration tokens asked for: %s",
+        name, f"{available:,}", f"{budget:,}", remedy,
+    )  # fmt: skip
+
+
+def _stops_early(text: CalibrationText, work: Sequence[CandidateWork]) -> bool:
+    """Whether a shard gave all sequences that it was asked for, the last of them full: it may hold more."""
+    asked = {item.shard.index: item.sequences for item in work}
+    numbers, counts = np.unique(text.shard, return_counts=True)
+    complete = counts >= np.asarray([asked[number] for number in numbers.tolist()])
+    full = text.num_tokens[np.cumsum(counts) - 1] == text.input_ids.shape[1]
+    return bool((complete & full).any())
+
+
+def _join(rows: Sequence[dict[str, Any]], length: int, wanted: int) -> CalibrationText:
+    """The sequences that readers returned, rows in shard order, in halves of which `wanted` tokens are enough."""
     num_tokens = [np.frombuffer(row["num_tokens"], np.int32) for row in rows]
     shard = np.concatenate([np.full(len(n), row["shard"], np.int32) for n, row in zip(num_tokens, rows, strict=True)])
+    joined = np.concatenate(num_tokens)
     return CalibrationText(
         input_ids=np.concatenate([np.frombuffer(row["input_ids"], np.int32).reshape(-1, length) for row in rows]),
-        num_tokens=np.concatenate(num_tokens),
-        half=divide_in_halves(shard) if len(shard) else shard,
+        num_tokens=joined,
+        half=divide_in_halves(shard, joined, wanted),
         shard=shard,
         position=np.concatenate([np.arange(len(n), dtype=np.int32) for n in num_tokens]),
     )
-
-
-def _evenly_spaced(shards: list[Shard], count: int) -> list[Shard]:
-    if len(shards) <= count:
-        return shards
-    return [shards[index * len(shards) // count] for index in range(count)]

@@ -62,25 +62,29 @@ def collect(config: Config, layout: RunLayout, overlay: Path | None = None) -> R
     Args:
         config: the run.
         layout: its paths.
-        overlay: directory of an overlay: the routers of the student are observed instead of the base's.
+        overlay: directory of an overlay: the routers of the student are observed instead of the base's, on the text
+            that was chosen for the base.
 
     Raises:
         ModelError: the base model is missing or damaged.
-        ArtefactError: the overlay is missing, damaged or of another base.
+        ArtefactError: the overlay is missing, damaged or of another base, or no text was chosen yet.
         DataError: a source is missing or unreadable, or the router gives NaN.
         StorageError: the file system refused.
     """
     started = time.monotonic()
-    calibration = choose_calibration(config, layout.calibration)
-    output = layout.router_stats if overlay is None else layout.student_router_stats
-    description = _describe(config, calibration, overlay)
-    units = plan_units(config, calibration)
-    parts = Parts(output.with_name(output.stem + ".partial"), ".safetensors")
-    parts.begin(_recipe(config, description, calibration, units))
+    if overlay is None:
+        calibration, output = choose_calibration(config, layout.calibration), layout.router_stats
+    else:
+        calibration, output = Calibration.load(layout.calibration), layout.student_router_stats
+    description = describe_statistics(config, calibration, overlay)
+    units = plan_units(config, calibration, export=config.collect.export_probabilities if overlay is None else 0)
+    recipe = _recipe(config, description, units)
+    parts = Parts(output.with_name(output.stem + ".partial"), ".safetensors", f"unit-{recipe[:12]}")
+    parts.begin(recipe)
     read = _run(config, parts, units, layout.calibration, overlay)
     _log_speed(read, time.monotonic() - started)
-    if config.collect.export_probabilities:
-        exporting = [parts.path(unit) for unit in units if unit.export]
+    exporting = [parts.path(unit) for unit in units if unit.export]
+    if exporting:
         save_probabilities(layout.router_probabilities, exporting, description, config.model.path.name)
     statistics = RouterStatistics(description, _merge_parts(parts, units, description))
     statistics.save(output)
@@ -88,18 +92,24 @@ def collect(config: Config, layout: RunLayout, overlay: Path | None = None) -> R
     return statistics
 
 
-def plan_units(config: Config, calibration: Calibration) -> list[Unit]:
-    """Cut every source's calibration sequences into units, the probabilities to export spread over the sources."""
+def plan_units(config: Config, calibration: Calibration, export: int = 0) -> list[Unit]:
+    """Cut every source's calibration sequences into units.
+
+    Args:
+        config: the run.
+        calibration: the text.
+        export: tokens whose probabilities are written out, spread over the sources.
+    """
     size = config.collect.batch_sequences * config.collect.unit_batches
     units: list[Unit] = []
     for number, (name, text) in enumerate(calibration.sources.items()):
-        wanted, left = divmod(config.collect.export_probabilities, len(calibration.sources))
+        wanted, left = divmod(export, len(calibration.sources))
         wanted += number < left
         for start in range(0, len(text), size):
             stop = min(start + size, len(text))
-            export = min(wanted, int(text.num_tokens[start:stop].sum()))
-            units.append(Unit(len(units), name, start, stop, export))
-            wanted -= export
+            exported = min(wanted, int(text.num_tokens[start:stop].sum()))
+            units.append(Unit(len(units), name, start, stop, exported))
+            wanted -= exported
     return units
 
 
@@ -200,7 +210,8 @@ def _merge_parts(parts: Parts, units: Sequence[Unit], description: Description) 
     return sources
 
 
-def _describe(config: Config, calibration: Calibration, overlay: Path | None) -> Description:
+def describe_statistics(config: Config, calibration: Calibration, overlay: Path | None) -> Description:
+    """What statistics of this run's base, or of its student, would say of themselves."""
     model = read_model_config(config.model.path)
     dimensions = family_of(model).dimensions(model)
     samples = calibration.description.samples
@@ -213,17 +224,17 @@ def _describe(config: Config, calibration: Calibration, overlay: Path | None) ->
         experts=dimensions.experts,
         experts_per_token=dimensions.experts_per_token,
         tokens={name: sample.tokens for name, sample in samples.items()},
+        compute=config.compute,
+        calibration_sha256=calibration.description.sha256,
         calibration=samples,
     )
 
 
-def _recipe(config: Config, description: Description, calibration: Calibration, units: Sequence[Unit]) -> str:
+def _recipe(config: Config, description: Description, units: Sequence[Unit]) -> str:
     """Digest of everything that decides the bytes of the parts."""
     return digest(
         {
             "description": description.model_dump(mode="json"),
-            "calibration": calibration.description.sha256,
-            "model": config.model.model_dump(mode="json"),
             "batch_sequences": config.collect.batch_sequences,
             "expert_norms": config.collect.expert_norms,
             "threads": config.resources.cpus_per_worker,

@@ -43,7 +43,8 @@ def compare_routers(first: RouterMoments, second: RouterMoments) -> list[LayerCo
     """Compare moments of two models on the same text, layer by layer.
 
     Raises:
-        ArtefactError: they are of different shapes or numbers of tokens, so not of the same text.
+        ArtefactError: they are of different shapes or numbers of tokens, so certainly not of the same text. Moments
+            cannot tell more; that the text is the same is for the caller to know.
     """
     if first.mean.shape != second.mean.shape or (first.count != second.count).any():
         raise ArtefactError(

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from nexus_ray.router.moments import RouterMoments
+from nexus_ray.router.moments import HALVES, RouterMoments
 from nexus_ray.selection.nulls import equal_experts
 from nexus_ray.selection.scores import (
     Floats,
@@ -51,10 +52,14 @@ class Method(ABC):
 
         Args:
             halves: moments of the layer in two halves of the text.
-            independent: [draws, ...] principal components of independent experts with the layer's variances.
+            independent: [draws, ...] principal components of independent experts like the layer's.
             components: as in `score`.
             generator: of what else is drawn.
         """
+
+    def observations(self, moments: RouterMoments) -> NDArray[np.int64]:
+        """[parts, experts] tokens from which each expert is scored."""
+        return np.repeat(moments.count[:, None], moments.experts, axis=1)
 
     @abstractmethod
     def fewest_tokens(self, experts: int) -> int:
@@ -96,13 +101,21 @@ class MeanMethod(Method):
         self, halves: RouterMoments, independent: PrincipalComponents, components: int, generator: np.random.Generator
     ) -> Floats:
         """Equal experts whose scores differ by as much as the two halves do."""
-        first, second = (self.formula(halves.part(index)) for index in (0, 1))
-        tokens = (int(halves.count[0]), int(halves.count[1]))
-        return equal_experts(first, second, tokens, len(independent.variances), generator)
+        scores = np.stack([self.formula(halves.part(index)) for index in range(HALVES)])
+        return equal_experts(scores, self.observations(halves), len(independent.variances), generator)
 
     def fewest_tokens(self, experts: int) -> int:
         """Two, as for a variance."""
         return 2
+
+
+@dataclass(frozen=True)
+class RoutedMeanMethod(MeanMethod):
+    """A score that is a mean over the tokens that the expert got."""
+
+    def observations(self, moments: RouterMoments) -> NDArray[np.int64]:
+        """[parts, experts] tokens that each expert got."""
+        return moments.selected[:, 0]
 
 
 def _gate_mass(moments: RouterMoments) -> Floats:
@@ -116,5 +129,5 @@ METHODS: dict[str, Method] = {
     "pca_variance": SpectralMethod("Variance explained", "independent experts", pca_variance_scores),
     "usage": MeanMethod("Selection count", "equal experts", lambda moments: moments.usage()[0, 0]),
     "gate_mass": MeanMethod("Gate weight", "equal experts", _gate_mass),
-    "reap": MeanMethod("REAP saliency", "equal experts", lambda moments: moments.saliency()[0, 0]),
+    "reap": RoutedMeanMethod("REAP saliency", "equal experts", lambda moments: moments.saliency()[0, 0]),
 }

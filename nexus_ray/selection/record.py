@@ -20,11 +20,24 @@ from nexus_ray.selection.distribution import Distribution
 from nexus_ray.selection.scores import rank_experts
 from nexus_ray.storage import read_json, write_json
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MethodName = Literal["pca", "pca_variance", "usage", "gate_mass", "reap"]
 Verdict = Literal["stable", "partly stable", "not distinguishable from noise"]
 VERDICTS: tuple[Verdict, ...] = ("stable", "partly stable", "not distinguishable from noise")
 NOISE: Verdict = "not distinguishable from noise"
+Cause = Literal[
+    "agreement",
+    "chance",
+    "pooled",
+    "constant",
+    "identical",
+    "everything_selected",
+    "too_little_text",
+    "too_few_experts",
+]
+_JUDGED: frozenset[Cause] = frozenset(("agreement", "chance", "pooled", "too_few_experts"))
+_ROUNDING = 1e-9  # of a share: two experts that sum to one vary equally, in any text
+EXCEEDED_BY_CHANCE = 0.05  # part of the structureless layers whose share is above `null_share_high`
 _RESELECT = "run `nexus-ray select CONFIG` again"
 
 
@@ -51,6 +64,11 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def exceeds(share: float, null_share_high: float) -> bool:
+    """Whether a share is above what chance would give by more than rounding."""
+    return share > null_share_high + _ROUNDING
+
+
 class SourceUse(_Record):
     """Which experts one source of text is sent to.
 
@@ -67,7 +85,10 @@ class SourceUse(_Record):
 
 
 class LayerSelection(_Record):
-    """Ranked experts of one layer. A share is a fraction of the layer's total score.
+    """Ranked experts of one layer.
+
+    A share is a fraction of the score of the experts to choose from, and chance and null model choose from the same
+    ones: those that are not passed over and, with `reap`, got a token.
 
     Attributes:
         ranked: all experts, best first; those passed over come last.
@@ -79,20 +100,26 @@ class LayerSelection(_Record):
         null_share_high: the 95 % quantile of the same.
         held_out_share: share that one half of the text gives to the experts selected from the other half, mean of
             both ways; None when a half is too small to select from.
-        null_curve: [experts] mean share of the best 1, 2, ... experts under the null model.
+        null_curve: [experts] mean share of the best 1, 2, ... of all experts under the null model, with those passed
+            over.
         split_half_overlap: fraction of the experts selected from one half of the text that are selected from the
             other; None as above.
         chance_overlap: what random selections have in common on average.
         overlap_p_value: probability that random selections have at least as many experts in common; None as above.
         verdict: what the figures allow to say.
+        cause: what decided that. `agreement`: the layer passed its own test; `chance`: it did not. `pooled`: no
+            agreement of this layer alone could pass, but it is high and all layers together pass;
+            `too_few_experts`: none could pass, and that is not so. `constant`, `identical`, `everything_selected`
+            and `too_little_text`: there is nothing to judge.
         reason: why, in plain language.
         explained_variance_ratio: of all principal components of the router probabilities.
-        null_explained_variance_ratio: the same for independent experts of the same variances, mean of the draws.
+        null_explained_variance_ratio: the same for experts of the same variances that are independent but for summing
+            to one, mean of the draws.
         total_variance: sum of the variances of all experts' probabilities.
         usage: each expert's share of the router's selections over the chosen sources, in expert order.
         by_source: which experts each collected source is sent to.
         reap: each expert's REAP saliency over the chosen sources, in expert order; None when it was not recorded.
-        distribution: how the score is spread.
+        distribution: how the score is spread over all experts, with those passed over.
     """
 
     ranked: tuple[int, ...]
@@ -108,6 +135,7 @@ class LayerSelection(_Record):
     chance_overlap: float
     overlap_p_value: float | None
     verdict: Verdict
+    cause: Cause
     reason: str
     explained_variance_ratio: tuple[float, ...]
     null_explained_variance_ratio: tuple[float, ...]
@@ -118,9 +146,14 @@ class LayerSelection(_Record):
     distribution: Distribution
 
     @property
+    def judged(self) -> bool:
+        """Whether there is a choice to judge, and text to judge it by."""
+        return self.cause in _JUDGED
+
+    @property
     def concentrated(self) -> bool:
-        """Whether the selected experts have more of the score than 95 % of the null model's draws give."""
-        return self.share > self.null_share_high
+        """Whether this is judged and its experts have more of the score than 95 % of the null model's draws give."""
+        return self.judged and exceeds(self.share, self.null_share_high)
 
 
 class Selection(_Record):
@@ -138,6 +171,9 @@ class Selection(_Record):
         tokens: tokens of each collected source.
         calibration: how the text of each source was chosen, as far as it is known.
         num_experts: routed experts of a layer.
+        pooled_overlap_p_value: probability that random selections have at least as many experts in common in all
+            judged layers together; None when no layer is judged.
+        expected_above_null: judged layers whose share chance alone would put above `null_share_high`, on average.
         layers: one entry a layer.
     """
 
@@ -152,6 +188,8 @@ class Selection(_Record):
     tokens: dict[str, int]
     calibration: dict[str, CalibrationSample]
     num_experts: int
+    pooled_overlap_p_value: float | None
+    expected_above_null: float
     layers: tuple[LayerSelection, ...]
 
     def experts(self, layer: int) -> list[int]:
@@ -186,11 +224,11 @@ class Selection(_Record):
         counts = sorted({len(layer.selected) for layer in self.layers})
         number = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
         verdicts = ", ".join(f"{verdict} in {count}" for verdict, count in self.verdicts().items() if count)
-        concentrated = sum(layer.concentrated for layer in self.layers)
+        above = sum(layer.concentrated for layer in self.layers)
         return (
             f"The choice of {number} of {self.num_experts} experts by {self.method} on {' + '.join(self.sources)} is "
-            f"{verdicts} of {len(self.layers)} layers; its share of the score is above the null model's in "
-            f"{concentrated}."
+            f"{verdicts} of {len(self.layers)} layers; its share of the score is above the null model's in {above}, "
+            f"where chance would give {self.expected_above_null:.1f}."
         )
 
     def save(self, path: Path) -> None:

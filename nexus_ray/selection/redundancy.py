@@ -44,7 +44,14 @@ def pass_over_redundant(
 
 
 def count_for_coverage(scores: Floats, ranked: list[int], coverage: float) -> int:
-    """The fewest experts, at least one, that have `coverage` of the score [experts] when taken in ranked order."""
-    ordered = scores[ranked] if scores.sum() > 0 else np.ones(len(scores))
+    """The fewest experts, at least one, that have `coverage` of the score when taken in ranked order.
+
+    Args:
+        scores: [experts] of all experts.
+        ranked: those to choose from, best first: coverage is a fraction of their score.
+        coverage: above 0, at most 1.
+    """
+    ordered = scores[ranked]
+    ordered = ordered if ordered.sum() > 0 else np.ones(len(ordered))
     shares = ordered.cumsum() / ordered.sum()
-    return min(int(np.searchsorted(shares, coverage - _ROUNDING)) + 1, len(scores))
+    return min(int(np.searchsorted(shares, coverage - _ROUNDING)) + 1, len(ordered))

@@ -20,8 +20,9 @@ from nexus_ray.router.artefact import Description, RouterStatistics
 from nexus_ray.router.files import REMAKE
 from nexus_ray.router.moments import RouterMoments
 from nexus_ray.selection.identical import layers_of_identical_experts
-from nexus_ray.selection.layer import Task, select_layer
-from nexus_ray.selection.record import ExpertRanking, LayerSelection, Selection, SourceUse
+from nexus_ray.selection.layer import LayerFigures, Task, measure_layer, record_layer
+from nexus_ray.selection.record import EXCEEDED_BY_CHANCE, ExpertRanking, LayerSelection, Selection, SourceUse
+from nexus_ray.selection.verdict import judge_all, pooled_p_value
 
 __all__ = ["ExpertRanking", "LayerSelection", "Selection", "SourceUse", "select", "select_experts"]
 
@@ -66,6 +67,8 @@ def select_experts(
     _check_top_k(section, description.experts)
     moments = _pool(statistics, sources)
     task = Task(section, moments.layers, identical)
+    figures = [measure_layer(moments.layer(layer), task, layer) for layer in range(moments.layers)]
+    layers = _record_layers(figures, moments, statistics)
     return Selection(
         base_fingerprint=description.base_fingerprint,
         method=section.method,
@@ -77,10 +80,20 @@ def select_experts(
         tokens=description.tokens,
         calibration=description.calibration,
         num_experts=moments.experts,
-        layers=tuple(
-            select_layer(moments.layer(layer), _layer_of(statistics, layer), task, layer)
-            for layer in range(moments.layers)
-        ),
+        pooled_overlap_p_value=pooled_p_value([each.evidence for each in figures]),
+        expected_above_null=EXCEEDED_BY_CHANCE * sum(layer.judged for layer in layers),
+        layers=layers,
+    )
+
+
+def _record_layers(
+    figures: list[LayerFigures], moments: RouterMoments, statistics: RouterStatistics
+) -> tuple[LayerSelection, ...]:
+    """Judge the layers beside each other."""
+    judgements = judge_all([each.evidence for each in figures])
+    return tuple(
+        record_layer(each, judgement, moments.layer(layer), _layer_of(statistics, layer))
+        for layer, (each, judgement) in enumerate(zip(figures, judgements, strict=True))
     )
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import comb
+
+import numpy as np
 
 from nexus_ray.selection.scores import Floats, share_of
 
 
 @dataclass(frozen=True)
 class HalfRanking:
-    """What one half of the text says: scores [experts], and all experts, best first."""
+    """What one half of the text says: scores [experts] of those to choose from, and all of these, best first."""
 
     scores: Floats
     ranked: list[int]
@@ -50,5 +53,26 @@ def overlap_p_value(common: int, top_k: int, experts: int) -> float:
 
     The number in common is hypergeometric: P(x) = C(K, x) C(E - K, K - x) / C(E, K).
     """
-    ways = sum(comb(top_k, same) * comb(experts - top_k, top_k - same) for same in range(common, top_k + 1))
+    ways = sum(_ways(top_k, experts)[common:])
     return ways / comb(experts, top_k)
+
+
+def pooled_overlap_p_value(layers: Iterable[tuple[int, int, int]]) -> float:
+    """Probability that random choices in several layers have at least as many experts in common altogether.
+
+    The number in common is the sum of independent hypergeometric ones, so its distribution is their convolution.
+
+    Args:
+        layers: (experts in common, selected, to choose from) of each.
+    """
+    total, distribution = 0, np.ones(1)
+    for common, top_k, experts in layers:
+        total += common
+        ways = comb(experts, top_k)
+        distribution = np.convolve(distribution, [count / ways for count in _ways(top_k, experts)])
+    return min(float(distribution[total:].sum()), 1.0)
+
+
+def _ways(top_k: int, experts: int) -> list[int]:
+    """In how many choices of `top_k` of `experts` are 0, 1, ... `top_k` of a given choice."""
+    return [comb(top_k, same) * comb(experts - top_k, top_k - same) for same in range(top_k + 1)]

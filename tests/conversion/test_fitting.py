@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from transformers import GptOssForCausalLM
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.checkpoints.overlay import load_overlay
-from nexus_ray.conversion.fitting import calibration_batch
+from nexus_ray.conversion.fitting import _run_blocks, calibration_batch
 from nexus_ray.conversion.initialise import convert
-from nexus_ray.data.packing import pack_shard
+from nexus_ray.data.packing import Batch, pack_shard
 from nexus_ray.data.sources import list_shards
 from nexus_ray.errors import ArtefactError
+from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import load_base
 from nexus_ray.router.calibration import Calibration, choose_calibration
 
@@ -30,6 +32,19 @@ def fitting_run(ranked_run, in_process):
         config, layout, selection = ranked_run(**overrides)
         choose_calibration(config, layout.calibration)
         return config, layout, selection
+
+    return make
+
+
+@pytest.fixture
+def calibrated_run(make_micro_config, tmp_path, in_process):
+    """A function (**overrides) -> (config, layout) of a run that has its calibration text."""
+
+    def make(**overrides):
+        config = make_micro_config(tmp_path / "run", **overrides)
+        layout = RunLayout(config.run.directory)
+        choose_calibration(config, layout.calibration)
+        return config, layout
 
     return make
 
@@ -113,6 +128,57 @@ def test_the_text_is_of_the_domain_only_as_long_as_asked_and_spread_over_the_cal
     batch = calibration_batch(config, layout.calibration)
     play = Calibration.load(layout.calibration).sources["play"].input_ids
     np.testing.assert_array_equal(batch.input_ids, play[[number * len(play) // 5 for number in range(5)]])
+
+
+def test_every_domain_source_gives_text_however_little_is_asked_for(calibrated_run):
+    for count, expected in ((1, [1, 1]), (5, [2, 3])):
+        overrides = {"convert.calibration_sequences": count, "data.sources.prose.role": "domain"}
+        config, layout = calibrated_run(**overrides)
+        batch = calibration_batch(config, layout.calibration)
+        sources = Calibration.load(layout.calibration).sources
+        rows = {name: {ids.tobytes() for ids in text.input_ids} for name, text in sources.items()}
+        assert [sum(ids.tobytes() in rows[name] for ids in batch.input_ids) for name in sources] == expected
+
+
+def test_text_of_a_source_that_has_left_the_configuration_is_passed_over(calibrated_run):
+    config, layout = calibrated_run(**{"convert.calibration_sequences": 5})
+    before = calibration_batch(config, layout.calibration)
+    without = config.data.model_copy(update={"sources": {"play": config.data.sources["play"]}})
+    after = calibration_batch(config.model_copy(update={"data": without}), layout.calibration)
+    np.testing.assert_array_equal(after.input_ids, before.input_ids)
+
+
+def test_without_text_of_any_domain_source_that_is_left_the_message_says_so(calibrated_run):
+    config, layout = calibrated_run()
+    without = config.data.model_copy(update={"sources": {"prose": config.data.sources["prose"]}})
+    with pytest.raises(ArtefactError, match="no text of a domain source"):
+        calibration_batch(config.model_copy(update={"data": without}), layout.calibration)
+
+
+class OneBlockElsewhere(torch.nn.Module):
+    """A model whose inputs are on one device and whose only block is on another, where hooks carry them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = torch.nn.Identity()
+        self.base_model = self.run
+
+    def run(self, input_ids, attention_mask, **_):
+        assert input_ids.device == attention_mask.device == torch.device("meta")
+        self.block(torch.arange(12.0).view(2, 3, 2))
+
+
+def test_a_block_on_another_device_than_the_inputs_keeps_its_valid_tokens_there():
+    model = OneBlockElsewhere()
+    base = SimpleNamespace(
+        model=model, device=torch.device("meta"), family=SimpleNamespace(moe_blocks=lambda _: [model.block])
+    )
+    seen = []
+    batch = Batch(np.zeros((2, 3), np.int32), np.asarray([3, 1], np.int32))
+    _run_blocks(base, batch, lambda *arguments: seen.append(arguments))
+    [(layer, inputs, outputs)] = seen
+    assert layer == 0
+    assert inputs.tolist() == outputs.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_without_calibration_text_the_message_says_how_to_get_it(ranked_run):

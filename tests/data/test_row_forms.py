@@ -171,6 +171,52 @@ def test_what_fits_no_form_is_explained(row: Any, message: str) -> None:
     assert message in caught.value.message
 
 
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = {"a": [value]}
+    return value
+
+
+def deep_rows(levels: int) -> dict[str, dict[str, Any]]:
+    """Rows of conversations in which a value of twice as many levels stands in each place where any may."""
+    deep = nested(levels)
+    function = {"name": "add", "arguments": json.dumps(deep)}
+    return {
+        "beside the content": {"messages": [ASKED | {"meta": deep}]},
+        "the answer of a tool": {"messages": [ASKED, {"role": "tool", "content": deep}]},
+        "a role": {"messages": [{"role": deep, "content": "x"}]},
+        "arguments in a string": {"messages": [{"role": "assistant", "tool_calls": [{"function": function}]}]},
+        "tools": {"messages": [ASKED], "tools": [{"name": "add", "parameters": deep}]},
+        "tools in a string": {"messages": [ASKED], "tools": json.dumps([deep])},
+        "one side of a pair": {"prompt": [ASKED | {"meta": deep}], "response": "x"},
+    }
+
+
+@pytest.mark.parametrize("place", deep_rows(1))
+@pytest.mark.parametrize("levels", [60, 150, 450])
+def test_a_conversation_nested_too_deeply_is_one_unreadable_row(
+    place: str, levels: int, tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "deep.jsonl"
+    rows = [{"text": "before"}, deep_rows(levels)[place], {"text": "after", "meta": nested(levels)}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [shard] = list_shards(DataSection.model_validate({"sources": {"play": {"train": str(path)}}}), "train")
+    errors: list[DataError] = []
+    [sequence] = pack_shard(shard, AutoTokenizer.from_pretrained(tokenizer_directory), 512, errors.append)
+    assert sequence.num_tokens > 2
+    [error] = errors
+    assert "levels of fields and lists" in error.message
+    assert "deep.jsonl, byte" in error.message
+
+
+def test_a_schema_nested_as_deeply_as_real_ones_are_is_read() -> None:
+    rows = deep_rows(20)
+    del rows["a role"]
+    for row in rows.values():
+        assert document_of(row).messages
+
+
 def test_a_row_of_no_form_names_the_field_that_was_asked_for_and_what_is_accepted() -> None:
     with pytest.raises(DataError) as caught:
         document_of({"title": "x"}, "body")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,19 @@ from nexus_ray.data.documents import read_documents
 from nexus_ray.data.packing import pack_shard
 from nexus_ray.data.sources import Shard, list_shards
 from nexus_ray.errors import ArtefactError, ConfigError, DataError
-from nexus_ray.evaluation.evaluate import PairedScorer, _merge, _sequence_limits, evaluate, plan_scoring
+from nexus_ray.evaluation.evaluate import (
+    PairedScorer,
+    _first_half_shares,
+    _merge,
+    _sequence_limits,
+    evaluate,
+    plan_scoring,
+)
+from nexus_ray.evaluation.routers import PairedRouters
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import load_student
 from nexus_ray.router.accumulate import moments_of_logits
+from nexus_ray.router.moments import RouterMoments
 
 
 def install_overlay(micro_overlay: Path, layout: RunLayout, *, zero: bool) -> None:
@@ -152,6 +162,80 @@ def test_the_limit_is_what_is_scored(micro_config: Callable[..., Config], micro_
     layout = RunLayout(config.run.directory)
     install_overlay(micro_overlay, layout, zero=False)
     assert {result["sequences"] for result in run_in_process(config, layout).values()} == {3}
+
+
+def moments_by_source(config: Config, overlay: Path) -> dict[str, list[RouterMoments]]:
+    """The moments of the base that each shard's scorer returns."""
+    scorer = PairedScorer(config, overlay)
+    found: dict[str, list[RouterMoments]] = {}
+    for item in plan_scoring(config)[1]:
+        found.setdefault(item["source"], []).append(RouterMoments.from_bytes(scorer(item)["base_moments"]))
+    return found
+
+
+def test_halves_of_a_single_shard_do_not_depend_on_the_batch_size(
+    micro_config: Callable[..., Config], micro_overlay: Path, tmp_path: Path
+):
+    results, counts = [], []
+    for size in (1, 3, 4):
+        config = micro_config(tmp_path / "run", **{"evaluate.batch_sequences": size})
+        layout = RunLayout(config.run.directory)
+        install_overlay(micro_overlay, layout, zero=True)
+        [moments] = moments_by_source(config, layout.overlay)["play"]
+        counts.append(moments.count.tolist())
+        results.append(run_in_process(config, layout)["play"]["router_change"]["halves_distance"])
+    assert counts == [counts[0]] * 3
+    assert abs(counts[0][0] - counts[0][1]) <= 64
+    for result in results[1:]:
+        assert result == pytest.approx(results[0], abs=1e-9)
+
+
+def test_halves_of_uneven_shards_are_of_about_one_size(
+    micro_config: Callable[..., Config], micro_overlay: Path, micro_texts: Path, tmp_path: Path
+):
+    lines = (micro_texts / "prose.heldout.jsonl").read_text().splitlines()
+    (tmp_path / "large.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "small.jsonl").write_text(json.dumps({"text": "the people shall report"}) + "\n")
+    patterns = [f"{tmp_path}/large.jsonl", f"{tmp_path}/small.jsonl"]
+    overrides = {"data.sources.play.heldout": patterns, "data.shard_bytes": 1 << 20}
+    config = micro_config(tmp_path / "run", **overrides)
+    layout = RunLayout(config.run.directory)
+    install_overlay(micro_overlay, layout, zero=True)
+    shards = moments_by_source(config, layout.overlay)["play"]
+    assert len(shards) == 2
+    first, second = sum(moments.count for moments in shards)
+    assert abs(first - second) <= 2 * 64
+
+
+def test_whole_shards_make_the_halves_where_they_balance():
+    shards = [Shard(i, "ab"[i % 2], f"{i}.jsonl", 0, size) for i, size in enumerate([900, 500, 800, 500, 100])]
+    assert _first_half_shares(shards, [None] * 5, 64) == [1, 1, 0, 0, 0]
+    assert _first_half_shares(shards, [1] * 5, 64)[1::2] == [1, 0]
+
+
+def test_a_diverged_student_is_named_with_the_text_and_what_to_do(
+    micro_config: Callable[..., Config], micro_overlay: Path, tmp_path: Path
+):
+    config = micro_config(tmp_path / "run")
+    layout = RunLayout(config.run.directory)
+    description = load_overlay_config(micro_overlay)
+    tensors = load_overlay(micro_overlay, description.base_fingerprint)[1]
+    broken = {name: t * 1e38 if "layers.0.down_proj.weight" in name else t for name, t in tensors.items()}
+    save_overlay(layout.overlay, description, broken)
+    with pytest.raises(ArtefactError, match=r"the trained overlay diverged: the student's router logits") as caught:
+        run_in_process(config, layout)
+    assert "layer 1 are NaN or infinite in sequence 0 of " in caught.value.message
+    assert "prose.heldout.jsonl, 0 to " in caught.value.message
+    assert caught.value.hint == "train again with a lower train.optimiser.learning_rate"
+
+
+def test_a_base_that_gives_nan_is_not_blamed_on_the_student():
+    logits = torch.rand(2, 4, 1, 4)
+    logits[1, 2] = math.nan
+    half = np.arange(2)
+    with pytest.raises(DataError, match=r"layer 0 are NaN or infinite in sequence 7 of a\.jsonl, token 2") as caught:
+        PairedRouters.of(logits, logits, np.ones((2, 4), bool), half, 2, ["6 of a.jsonl", "7 of a.jsonl"])
+    assert "base model" in (caught.value.hint or "")
 
 
 def test_without_a_trained_overlay_nothing_starts(micro_config: Callable[..., Config], tmp_path: Path):

@@ -42,7 +42,7 @@ def wait_for_parts(directory: Path, count: int, process: subprocess.Popen[bytes]
     """The number of parts when there are `count` of them."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < deadline:
-        found = len(list(directory.glob("shard-*.safetensors")))
+        found = len(list(directory.glob("unit-*.safetensors")))
         if found >= count:
             return found
         assert process.poll() is None, "it ended before it could be killed"
@@ -68,7 +68,7 @@ def test_sigkill_in_the_middle_and_a_restart_give_the_same_files(make_micro_conf
     wait_for_parts(parts, 5, process)
     kill_with_everything_it_started(process)
     assert not layouts["killed"].router_stats.exists()
-    left = {path.name: path.stat().st_mtime_ns for path in parts.glob("shard-*.safetensors")}
+    left = {path.name: path.stat().st_mtime_ns for path in parts.glob("unit-*.safetensors")}
     assert left
 
     for name in ("killed", "whole"):

@@ -14,8 +14,33 @@ from nexus_ray.data.sources import list_shards
 from nexus_ray.errors import ArtefactError, ConfigError, DataError
 from nexus_ray.layout import RunLayout
 from nexus_ray.router.calibration import Calibration, choose_calibration
-from nexus_ray.router.candidates import divide_in_halves, plan_candidates, token_budgets
+from nexus_ray.router.candidates import plan_candidates, token_budgets
 from nexus_ray.storage import sha256_file
+
+SHAKESPEARE = Path(__file__).parents[2] / "assets/text/shakespeare.train.jsonl"
+
+
+def write_shakespeare(path: Path, size: int) -> Path:
+    """Whole lines of the play, as many as make about `size` bytes, one with the rest."""
+    lines, left = [], size
+    for line in SHAKESPEARE.read_bytes().splitlines(keepends=True):
+        if len(line) > left:
+            break
+        lines.append(line)
+        left -= len(line)
+    path.write_bytes(b"".join(lines) + b" " * (left - 1) + b"\n")
+    assert path.stat().st_size == size
+    return path
+
+
+def only(text: Path | str, tokens: int) -> dict[str, object]:
+    """Overrides of a run that chooses so many tokens of one text, in sequences of 512."""
+    return {
+        "data.sources.play.train": str(text),
+        "collect.tokens": tokens,
+        "collect.mixture": {"play": 1.0},
+        "data.sequence_length": 512,
+    }
 
 
 def choose(config) -> Calibration:
@@ -95,16 +120,60 @@ def test_halves_share_no_shard_and_are_of_about_one_size(micro_config, tmp_path,
         assert min(sizes) >= 0.8 * max(sizes)
 
 
-def test_a_single_shard_is_cut_in_the_middle():
-    np.testing.assert_array_equal(divide_in_halves(np.asarray([7] * 5)), [0, 0, 0, 1, 1])
+def test_a_shard_barely_cut_in_two_still_gives_the_budget_from_two_equal_halves(micro_config, tmp_path, in_process):
+    text = write_shakespeare(tmp_path / "play.jsonl", 66_569)
+    config = micro_config(tmp_path / "run", **{**only(text, 8192), "data.shard_bytes": 65_536})
+    play = choose(config).sources["play"]
+    tokens = [int(play.num_tokens[play.half == half].sum()) for half in (0, 1)]
+    assert min(tokens) > 4096 - 512, "short of the budget by less than a sequence"
+    assert (np.diff(play.half[play.shard == 0]) != 0).sum() == 1, "the large shard is cut once"
 
 
-def test_shards_of_unequal_size_are_balanced():
-    shards = np.repeat([1, 2, 5, 9], [10, 4, 3, 3])
-    half = divide_in_halves(shards)
-    assert [int((half == side).sum()) for side in (0, 1)] == [10, 10]
-    for number in (1, 2, 5, 9):
-        assert len(set(half[shards == number])) == 1
+def test_many_files_shorter_than_a_sequence_give_the_budget(micro_config, tmp_path, in_process, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("nexus_ray"), "propagate", True)
+    directory = tmp_path / "files"
+    directory.mkdir()
+    words = (SHAKESPEARE.read_text() + " ").split()
+    for number in range(400):
+        (directory / f"{number:03d}.txt").write_text(" ".join(words[20 * number : 20 * number + 20]))
+    config = micro_config(tmp_path / "run", **only(f"{directory}/*.txt", 4000))
+    play = choose(config).sources["play"]
+    assert int(play.num_tokens.sum()) >= 0.95 * 4000
+    first, second = ({int(shard) for shard in play.shard[play.half == half]} for half in (0, 1))
+    assert not first & second
+    assert "calibration tokens asked for" not in caplog.text
+
+
+def test_a_source_that_has_less_than_was_asked_for_is_reported(micro_config, tmp_path, in_process, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("nexus_ray"), "propagate", True)
+    calibration = choose(micro_config(tmp_path / "run", **{"collect.tokens": 1_000_000}))
+    tokens = int(calibration.sources["play"].num_tokens.sum())
+    expected = (
+        f"data.sources.play.train gives {tokens:,} of the 500,000 calibration tokens asked for: it has no more text"
+    )
+    assert expected in caplog.text
+
+
+def test_candidates_that_missed_most_of_the_text_are_reported(micro_config, tmp_path, in_process, caplog, monkeypatch):
+    """Lines far longer than a shard: most shards hold the start of none."""
+    monkeypatch.setattr(logging.getLogger("nexus_ray"), "propagate", True)
+    text = tmp_path / "long.jsonl"
+    text.write_text((json.dumps({"text": "good sir " * 2000}) + "\n") * 8)
+    overrides = {**only(text, 2048), "data.sequence_length": 64, "data.shard_bytes": 1024}
+    few, many = ({**overrides, "collect.candidates": candidates} for candidates in (1, 100))
+    choose(micro_config(tmp_path / "few", **few))
+    assert "calibration tokens asked for: raise collect.candidates to read more of it" in caplog.text
+    caplog.clear()
+    assert choose(micro_config(tmp_path / "many", **many)).sources["play"].num_tokens.sum() >= 2048
+    assert "asked for" not in caplog.text
+
+
+def test_shards_give_candidates_in_proportion_to_their_size(micro_config, tmp_path):
+    text = write_shakespeare(tmp_path / "play.jsonl", 80_000)
+    overrides = {**only(text, 8192), "data.shard_bytes": 64_000, "collect.candidates": 2}
+    first, second = plan_candidates(micro_config(tmp_path / "run", **overrides))
+    assert first.sequences + second.sequences in (32, 33)
+    assert first.sequences == pytest.approx(4 * second.sequences, abs=3)
 
 
 def test_candidates_are_several_times_what_is_wanted_at_even_distances(micro_config, tmp_path):

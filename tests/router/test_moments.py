@@ -179,6 +179,25 @@ def test_a_broken_logit_names_layer_and_sequence(value):
         moments_of(logits, np.ones((4, LENGTH), bool), np.zeros(4, int))
 
 
+@pytest.mark.parametrize(
+    ("broken_logits", "broken_outputs", "message"),
+    [
+        ([(0, 5, 2), (1, 0, 1)], [], "router logits of layer 1 are NaN or infinite in sequence 1, token 0"),
+        ([(0, 2, 2)], [(3, 1, 1)], "expert outputs of layer 1 are NaN or infinite in sequence 3, token 1"),
+        ([(2, 2, 1)], [(2, 1, 1)], "router logits of layer 1 are NaN or infinite in sequence 2, token 2"),
+        ([(2, 2, 0)], [(0, 0, 0), (0, 0, 2)], "router logits of layer 0 are NaN or infinite in sequence 2, token 2"),
+    ],
+)
+def test_the_first_layer_that_breaks_is_named_its_router_before_its_experts(broken_logits, broken_outputs, message):
+    logits, norms = make_logits(4), make_norms(4)
+    for sequence, token, layer in broken_logits:
+        logits[sequence, token, layer, 0] = torch.nan
+    for sequence, token, layer in broken_outputs:
+        norms[layer].contributions[sequence * LENGTH + token, 1] = torch.inf
+    with pytest.raises(DataError, match=message):
+        moments_of_logits(logits, np.ones((4, LENGTH), bool), np.zeros(4, int), TOP_K, norms)
+
+
 def test_covariance_of_a_single_token_is_refused():
     valid = np.zeros((2, LENGTH), bool)
     valid[:, 0] = True

@@ -19,6 +19,20 @@ def noise_logits(layers: int, experts: int, sequences: int = 16, length: int = 6
     return torch.randn(sequences, length, layers, experts, generator=torch.Generator().manual_seed(seed))
 
 
+def biased_logits(layers: int, experts: int, bias: float, seed: int = 0, **shape: int) -> Tensor:
+    """Noise, but that the router prefers some experts of every layer: their mean logits are normal around zero.
+
+    Args:
+        layers: number of layers.
+        experts: of each.
+        bias: standard deviation of the mean logits.
+        seed: of the draws.
+        shape: sequences and length, as in `noise_logits`.
+    """
+    means = torch.randn(layers, experts, generator=torch.Generator().manual_seed(seed + 7))
+    return noise_logits(layers, experts, seed=seed, **shape) + bias * means
+
+
 def planted_logits(planted: list[list[int]], experts: int, sequences: int = 16, seed: int = 0) -> Tensor:
     """Logits of one layer a list, in which the named experts take turns and the others are faint noise."""
     logits = noise_logits(len(planted), experts, sequences, seed=seed) * 0.1

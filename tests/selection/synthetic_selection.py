@@ -54,6 +54,7 @@ def layer_selection(
         "chance_overlap": count / experts,
         "overlap_p_value": 0.001,
         "verdict": "stable",
+        "cause": "agreement",
         "reason": REASON.format(common=round(overlap * count), count=count, share=100 * share),
         "explained_variance_ratio": spectrum.tolist(),
         "null_explained_variance_ratio": np.sort(generator.dirichlet(np.full(experts, 2.0)))[::-1].tolist(),
@@ -80,6 +81,8 @@ def make_selection(layers: list[LayerSelection], **changes: object) -> Selection
         "tokens": {name: 4096 * (index + 1) for index, name in enumerate(sources)},
         "calibration": {name: sample(4096 * (index + 1)) for index, name in enumerate(sources)},
         "num_experts": len(layers[0].ranked),
+        "pooled_overlap_p_value": 1e-6,
+        "expected_above_null": 0.05 * sum(layer.judged for layer in layers),
         "layers": tuple(layers),
     }
     return Selection.model_validate(values | changes)

@@ -55,6 +55,12 @@ def test_coverage_follows_the_order_of_the_ranking():
     assert count_for_coverage(np.array([0.1, 0.5, 0.1, 0.3]), [1, 0, 2, 3], 0.8) == 4
 
 
+def test_coverage_is_of_the_score_of_those_to_choose_from():
+    """Expert 3 is passed over, so that 1 has five sevenths of what is left, and all three have all of it."""
+    scores = np.array([0.1, 0.5, 0.1, 0.3])
+    assert [count_for_coverage(scores, [1, 0, 2], coverage) for coverage in (0.7, 0.8, 1.0)] == [1, 2, 3]
+
+
 def test_full_coverage_needs_no_expert_without_score():
     assert count_for_coverage(np.array([0.7, 0.3, 0.0]), [0, 1, 2], 1.0) == 2
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from scipy import stats
 from synthetic_routers import moments_of, noise_logits, planted_logits, statistics_of
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GptOssForCausalLM
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
+from nexus_ray.checkpoints.quantised_export import export_mxfp4
 from nexus_ray.config import SelectSection
 from nexus_ray.data.vocabulary import tokenizer_digest
 from nexus_ray.errors import ArtefactError, ConfigError, DataError
@@ -19,6 +20,7 @@ from nexus_ray.router.artefact import RouterStatistics
 from nexus_ray.router.moments import RouterMoments
 from nexus_ray.selection.methods import METHODS
 from nexus_ray.selection.record import NOISE, Selection
+from nexus_ray.selection.report.report import render
 from nexus_ray.selection.scores import pca_scores, principal_components, rank_experts
 from nexus_ray.selection.selection import select, select_experts
 
@@ -57,13 +59,13 @@ def test_planted_experts_are_found_and_called_stable(planted, method, source):
     assert selection.verdicts() == {"stable": 2, "partly stable": 0, NOISE: 0}
 
 
-def test_a_share_that_unequal_variances_alone_give_is_not_called_concentrated(planted):
+def test_a_share_of_a_spectrum_is_held_against_that_of_the_same_variances(planted):
     """The planted experts vary most, so the best of independent experts with these variances hold as much."""
     spectrum, counts = (selected_from(planted, "play", method=name, top_k=4).layers[0] for name in ("pca", "usage"))
-    assert spectrum.share == pytest.approx(spectrum.null_share, abs=0.01)
+    assert spectrum.share == pytest.approx(spectrum.null_share, abs=0.002)
     assert spectrum.distribution.pattern == spectrum.distribution.null_pattern == "steep cliff"
     assert counts.concentrated
-    assert counts.null_share == pytest.approx(0.25, abs=0.2)
+    assert 0.25 < counts.null_share < counts.null_share_high < 0.3
     assert counts.distribution.null_pattern != counts.distribution.pattern
 
 
@@ -141,10 +143,12 @@ def test_a_duplicate_of_a_better_expert_is_passed_over():
     assert 3 not in layer.selected
     assert set(layer.selected) >= {1, 6, 12, 15}
     assert dict(zip(layer.ranked, layer.scores, strict=True)) == dict(zip(kept.ranked, kept.scores, strict=True))
-    assert layer.share < kept.share
+    of_the_others = sum(layer.scores[:-1])
+    assert layer.share == pytest.approx(sum(layer.scores[:5]) / of_the_others)
+    assert layer.chance_overlap == 5 / 15
 
 
-def test_halves_pass_over_duplicates_too():
+def test_halves_keep_the_experts_that_the_whole_text_keeps():
     """The duplicate is used more than four of the five planted experts: a half that took it would score otherwise."""
     logits = planted_logits([[6, 6, 1, 12, 15, 8]], EXPERTS)
     logits[..., 3] = logits[..., 6] - 0.01
@@ -154,6 +158,63 @@ def test_halves_pass_over_duplicates_too():
     assert layer.ranked[-1] == 3
     assert layer.split_half_overlap == 1.0
     assert layer.held_out_share == pytest.approx(layer.share, abs=0.01)
+
+
+@pytest.fixture(scope="module")
+def twins() -> RouterStatistics:
+    """20 layers of 8 experts, 4 of them planted, and an interchangeable twin of each: which one leads is luck."""
+    planted = planted_logits([list(np.random.default_rng(layer).permutation(8)[:4]) for layer in range(20)], 8)
+    logits = planted.repeat(1, 1, 1, 2)
+    return statistics_of({"play": moments_of(logits + 0.01 * noise_logits(20, 16, seed=9))})
+
+
+@pytest.mark.parametrize("method", ["pca", "usage"])
+def test_halves_that_find_the_same_groups_agree_whichever_twin_leads(twins, method):
+    for layer in selected_from(twins, "play", method=method, top_k=4, max_correlation=0.9).layers:
+        assert len(layer.passed_over) == 8
+        assert {expert % 8 for expert in layer.ranked[:8]} == set(range(8))
+        assert layer.split_half_overlap == 1.0
+        assert layer.overlap_p_value == pytest.approx(stats.hypergeom(8, 4, 4).pmf(4))
+        assert layer.chance_overlap == 4 / 8
+        assert layer.held_out_share == pytest.approx(layer.share, abs=0.01)
+
+
+def test_share_and_null_share_are_of_the_same_experts():
+    """Eight groups of two copies, without structure: half of the kept experts have about half of their score."""
+    logits = noise_logits(40, 8).repeat(1, 1, 1, 2) + 0.01 * noise_logits(40, 16, seed=9)
+    statistics = statistics_of({"play": moments_of(logits)})
+    selection = selected_from(statistics, "play", method="usage", top_k=4, max_correlation=0.9)
+    for layer in selection.layers:
+        assert len(layer.passed_over) == 8
+        assert layer.chance_overlap == 0.5
+        assert layer.null_share == pytest.approx(0.53, abs=0.03)
+    assert sum(layer.concentrated for layer in selection.layers) <= stats.binom(40, 0.08).ppf(0.99)
+    assert selection.verdicts()[NOISE] >= 39
+
+
+def test_selecting_all_that_are_kept_is_no_choice(twins):
+    layer = selected_from(twins, "play", method="usage", top_k=10, max_correlation=0.9).layers[0]
+    assert (layer.cause, layer.chance_overlap, layer.share) == ("everything_selected", 1.0, pytest.approx(1))
+    assert len(layer.selected) == 10
+
+
+def test_coverage_is_of_the_score_of_the_kept(twins):
+    layer = selected_from(twins, "play", method="pca_variance", coverage=0.9, max_correlation=0.9).layers[0]
+    assert len(layer.selected) == 4
+    assert layer.share >= 0.9
+
+
+def test_reap_chooses_among_the_experts_that_got_a_token():
+    """Twelve of 16 experts are never reached: what they would put out is not known, so that chance skips them too."""
+    logits = noise_logits(1, EXPERTS)
+    logits[..., 4:] -= 50
+    statistics = statistics_of({"play": moments_of(logits, torch.linspace(4, 1, EXPERTS))})
+    layer = selected_from(statistics, "play", method="reap", top_k=2).layers[0]
+    assert set(layer.selected) == {0, 1}
+    assert layer.chance_overlap == 2 / 4
+    assert layer.overlap_p_value == pytest.approx(stats.hypergeom(4, 2, 2).pmf(2))
+    assert set(layer.ranked[4:]) == set(range(4, EXPERTS))
+    assert layer.null_share < 0.6
 
 
 def test_reap_passes_over_in_what_it_averages():
@@ -196,11 +257,46 @@ def test_a_constant_router_is_noise_however_uneven_it_is(method, rounding):
 
 
 def test_identical_experts_are_noise_however_well_the_halves_agree(planted):
-    selection = selected_from(planted, "play", identical=(1,), top_k=4)
-    assert [layer.verdict for layer in selection.layers] == ["stable", NOISE]
+    selection = selected_from(planted, "play", method="usage", identical=(1,), top_k=4)
+    assert [(layer.verdict, layer.cause) for layer in selection.layers] == [
+        ("stable", "agreement"),
+        (NOISE, "identical"),
+    ]
     assert "any choice gives the same shared expert" in selection.layers[1].reason
     assert selection.layers[1].split_half_overlap == 1.0
     assert selection.verdicts() == {"stable": 1, "partly stable": 0, NOISE: 1}
+
+
+def test_layers_without_a_choice_count_for_nothing_in_all_layers_together(planted):
+    both, one, none = (
+        selected_from(planted, "play", method="usage", identical=identical, top_k=4) for identical in ((), (1,), (0, 1))
+    )
+    alone = stats.hypergeom(EXPERTS, 4, 4).pmf(4)
+    assert [both.pooled_overlap_p_value, one.pooled_overlap_p_value] == pytest.approx([alone**2, alone])
+    assert none.pooled_overlap_p_value is None
+    assert [each.expected_above_null for each in (both, one, none)] == pytest.approx([0.1, 0.05, 0])
+    assert [sum(layer.concentrated for layer in each.layers) for each in (both, one, none)] == [2, 1, 0]
+    assert one.layers[1].share > one.layers[1].null_share_high
+
+
+def test_a_planted_choice_of_few_experts_is_stable_by_all_layers_together():
+    """4 of 8 experts: full agreement is one in 70, above 0.05 / 4, in each of 4 layers."""
+    planted = [[0, 2, 4, 6], [1, 2, 3, 5], [0, 1, 6, 7], [3, 4, 5, 7]]
+    selection = selected_from(statistics_of({"play": moments_of(planted_logits(planted, 8))}), "play", top_k=4)
+    assert [set(layer.selected) for layer in selection.layers] == [set(experts) for experts in planted]
+    assert {(layer.verdict, layer.cause) for layer in selection.layers} == {("stable", "pooled")}
+    assert selection.pooled_overlap_p_value == pytest.approx(70.0**-4)
+
+
+def test_few_experts_without_structure_stay_noise():
+    selection = selected_from(statistics_of({"play": moments_of(noise_logits(6, 8))}), "play", top_k=4)
+    assert {(layer.verdict, layer.cause) for layer in selection.layers} == {(NOISE, "too_few_experts")}
+    assert selection.pooled_overlap_p_value > 0.05
+
+
+def test_two_experts_that_sum_to_one_vary_alike_and_neither_has_more_than_its_half():
+    selection = selected_from(statistics_of({"play": moments_of(noise_logits(40, 2))}), "play", top_k=1)
+    assert not any(layer.concentrated for layer in selection.layers)
 
 
 def test_selecting_every_expert_is_no_choice(planted):
@@ -230,10 +326,12 @@ def test_a_half_of_fewer_tokens_than_experts_is_enough_for_counts_but_not_for_a_
 
 
 def test_the_summary_says_how_many_layers_are_stable_and_how_many_noise(planted):
-    summary = selected_from(planted, "play", "prose", identical=(0,), top_k=8).summary()
+    selection = selected_from(planted, "play", "prose", identical=(0,), top_k=8)
+    summary = selection.summary()
     assert "8 of 16 experts by pca on play + prose" in summary
     assert f"stable in 1, {NOISE} in 1 of 2 layers" in summary
-    assert summary.count(".") == 1
+    above = sum(layer.concentrated for layer in selection.layers)
+    assert summary.endswith(f"is above the null model's in {above}, where chance would give 0.1.")
 
 
 def test_ranking_orders_by_usage_and_by_importance(planted):
@@ -313,16 +411,37 @@ def test_the_same_statistics_give_the_same_bytes(micro_config, micro_model, tmp_
     assert written[0] == written[1]
 
 
-def test_select_finds_copied_experts_in_the_base(micro_config, micro_model, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def copied_model(micro_model, tokenizer_directory, tmp_path_factory) -> Path:
+    """The micro model with every layer's first expert in place of all the others, in MXFP4."""
+    model = GptOssForCausalLM.from_pretrained(micro_model)
+    for layer in model.model.layers:
+        for values in layer.mlp.experts.parameters():
+            values.data.copy_(values.data[:1].expand_as(values))
+    path = tmp_path_factory.mktemp("models") / "copied"
+    export_mxfp4(model, tokenizer_directory, path)
+    return path
+
+
+def test_select_finds_copied_experts_in_the_base_and_the_report_says_so(micro_config, copied_model, tmp_path):
+    layout = RunLayout(tmp_path / "run")
+    write_statistics(layout, copied_model)
+    select(micro_config(layout.directory, **{"model.path": str(copied_model)}), layout)
+    selection = Selection.load(layout.selection)
+    assert [layer.cause for layer in selection.layers] == ["identical", "identical"]
+    assert (selection.verdicts()[NOISE], selection.pooled_overlap_p_value, selection.expected_above_null) == (
+        2,
+        None,
+        0,
+    )
+    assert "any choice gives the same shared expert" in render(selection, RouterStatistics.load(layout.router_stats))
+
+
+def test_select_finds_no_copies_among_different_experts(micro_config, micro_model, tmp_path):
     layout = RunLayout(tmp_path / "run")
     write_statistics(layout, micro_model)
-    asked = []
-    monkeypatch.setattr(
-        "nexus_ray.selection.selection.layers_of_identical_experts", lambda path: asked.append(path) or {0, 1}
-    )
-    selection = select(micro_config(layout.directory), layout)
-    assert asked == [micro_model]
-    assert all("same weights" in layer.reason for layer in selection.layers)
+    causes = {layer.cause for layer in select(micro_config(layout.directory), layout).layers}
+    assert "identical" not in causes
 
 
 @pytest.mark.parametrize(
@@ -354,6 +473,6 @@ def test_a_damaged_selection_is_refused(tmp_path):
     path.write_text('{"layers": 3}')
     with pytest.raises(ArtefactError, match="not an expert selection"):
         Selection.load(path)
-    path.write_text('{"format_version": 2, "layers": []}')
-    with pytest.raises(ArtefactError, match="has format 2, not 3"):
+    path.write_text('{"format_version": 3, "layers": []}')
+    with pytest.raises(ArtefactError, match="has format 3, not 4"):
         Selection.load(path)

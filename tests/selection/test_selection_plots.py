@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,17 @@ from selection.synthetic_selection import (
 )
 
 from nexus_ray import plot_style
-from nexus_ray.selection.co_selection import co_selection_figure, expected_pairs, grouped_order, pair_log_ratios
-from nexus_ray.selection.curves import concentration_figure, stability_figure, variance_figure
-from nexus_ray.selection.heatmaps import importance_figure, usage_figure
-from nexus_ray.selection.plots import plot_selection
+from nexus_ray.router.artefact import RouterStatistics
+from nexus_ray.selection.figures.co_selection import (
+    co_selection_figure,
+    expected_pairs,
+    grouped_order,
+    judged_pairs,
+    pair_log_ratios,
+)
+from nexus_ray.selection.figures.curves import concentration_figure, stability_figure, variance_figure
+from nexus_ray.selection.figures.heatmaps import importance_figure, usage_figure
+from nexus_ray.selection.figures.selection_figures import plot_selection
 from nexus_ray.selection.scores import cumulative_shares
 
 
@@ -75,7 +83,7 @@ def test_a_layer_without_any_score_variance_or_use_is_drawn(tmp_path: Path):
     empty = layer_selection(
         0, 8, 2, ("play",), scores=zeros, explained_variance_ratio=zeros, null_explained_variance_ratio=zeros,
         total_variance=0.0, usage=zeros, by_source={"play": source_use(np.zeros(8), 2, None)},
-        split_half_overlap=None, held_out_share=None, overlap_p_value=None,
+        split_half_overlap=None, held_out_share=None, overlap_p_value=None, cause="constant",
     )  # fmt: skip
     selection = make_selection([empty])
     assert len(plot_selection(selection, None, tmp_path)) == 5
@@ -115,6 +123,45 @@ def test_importance_frames_the_selected_and_crosses_the_passed_over():
     assert "passed over" not in importance_figure(synthetic_selection(1, 8, 2)).axes[0].get_title(loc="left")
 
 
+def test_layers_without_preferences_are_pale_and_the_even_share_is_marked():
+    even = layer_selection(0, 16, 4, scores=[1 / 16] * 16)
+    figure = importance_figure(make_selection([even, layer_selection(1, 16, 4)]))
+    image = figure.axes[0].images[0]
+    drawn = image.to_rgba(image.get_array())
+    assert drawn[0].min() > 0.8
+    assert drawn[1].min() < 0.3
+    assert "6.25 %" in [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    alone = importance_figure(make_selection([even])).axes[0].images[0]
+    assert alone.to_rgba(alone.get_array()).min() > 0.8
+
+
+def test_where_all_experts_hold_the_same_weights_no_share_is_drawn():
+    copies = {"cause": "identical", "verdict": "not distinguishable from noise", "share": 0.99}
+    layers = [layer_selection(0, 8, 3, passed_over=(7,), **copies), layer_selection(1, 8, 3, share=0.5)]
+    selection = make_selection(layers)
+    axes = importance_figure(selection).axes[0]
+    assert np.isnan(np.ma.filled(axes.images[0].get_array(), np.nan)[0]).all()
+    assert {round(path.vertices[:4, 1].mean()) for path in axes.collections[0].get_paths()} == {1}
+    assert len(axes.collections) == 1
+    assert "grey: all experts hold the same weights" in axes.get_title(loc="left")
+    held, above = concentration_figure(selection).axes[:2]
+    assert points(held, "selected (3)").tolist() == [[3, 0.5]]
+    assert len(points(above, "selected (3)")) == 1
+    for axes in stability_figure(selection).axes:
+        lines = [line.get_ydata() for line in axes.get_lines() if len(line.get_ydata()) == 2]
+        assert lines
+        assert all(np.isnan(values[0]) and np.isfinite(values[1]) for values in lines)
+    assert np.isnan(points(stability_figure(selection).axes[1], "not distinguishable from noise")[:, 1]).all()
+
+
+def test_copies_in_every_layer_leave_no_figure_of_the_choice(tmp_path: Path):
+    plot_selection(synthetic_selection(2, 8, 3), None, tmp_path)
+    copies = synthetic_selection(2, 8, 3, cause="identical", verdict="not distinguishable from noise")
+    paths = plot_selection(copies, synthetic_statistics(copies), tmp_path)
+    assert sorted(path.name for path in paths) == ["co_selection.png", "expert_usage.png", "router_variance.png"]
+    assert sorted(paths) == sorted(tmp_path.iterdir())
+
+
 def test_usage_has_a_panel_a_source_and_one_for_the_difference():
     selection = synthetic_selection(3, 8, 2)
     figure = usage_figure(selection)
@@ -122,7 +169,8 @@ def test_usage_has_a_panel_a_source_and_one_for_the_difference():
     usage = {name: np.asarray([layer.by_source[name].usage for layer in selection.layers]) for name in selection.tokens}
     for axes, values in zip(panels, usage.values(), strict=False):
         assert np.asarray(axes.images[0].get_array()) == pytest.approx(values)
-    difference = 100 * (usage["play"] - (usage["prose"] + usage["code"]) / 2)
+    assert (selection.tokens["prose"], selection.tokens["code"]) == (8192, 12288)
+    difference = 100 * (usage["play"] - (2 * usage["prose"] + 3 * usage["code"]) / 5)
     assert np.asarray(panels[3].images[0].get_array()) == pytest.approx(difference)
     assert titles(figure)[3] == "play minus prose + code"
     scale = panels[3].images[0].norm
@@ -272,6 +320,46 @@ def test_a_pair_never_seen_and_an_expert_never_used_stay_finite():
     assert ratios[0, 1] < -3
 
 
+def test_pairs_too_rare_to_tell_from_luck_are_not_judged():
+    weights = np.array([60, 40, 20, 2, 1])
+    pairs = np.outer(weights, weights)
+    assert judged_pairs(pairs[None])[0].tolist() == ((pairs >= 36) & ~np.eye(5, dtype=bool)).tolist(), (
+        "as many as expected, so only pairs of which half as many would be three deviations off are known"
+    )
+    often = pairs.copy()
+    often[3, 4] = often[4, 3] = 30
+    assert judged_pairs(often[None])[0, 3, 4]
+    never = np.array([[0, 0, 90, 90, 0], [0, 0, 90, 90, 0], [90, 90, 0, 90, 0], [90, 90, 90, 0, 0], [0, 0, 0, 0, 0]])
+    judged = judged_pairs(never[None])[0]
+    assert judged[0, 1]
+    assert not judged[4].any()
+
+
+def test_random_routing_seldom_shows_a_judged_pair_far_from_popularity():
+    generator = np.random.default_rng(2)
+    keys = 3 * np.log(np.arange(1, 17)) + generator.gumbel(size=(1500, 16))
+    chosen = (np.argsort(np.argsort(-keys, axis=1), axis=1) < 3).astype(np.int64)
+    pairs = (chosen.T @ chosen)[None]
+    far = np.abs(pair_log_ratios(pairs)[0]) >= 1
+    assert (far & ~np.eye(16, dtype=bool)).sum() > 10
+    assert (far & judged_pairs(pairs)[0]).sum() <= 1
+
+
+def test_the_end_of_the_colour_scale_that_pairs_lie_beyond_has_an_arrow():
+    selection = make_selection([layer_selection(0, 12, 3, ("play",))])
+    statistics = synthetic_statistics(selection)
+    moments = statistics.sources["play"]
+    pairs = np.full((12, 12), 400)
+    pairs[0, 1] = pairs[1, 0] = 4
+    packed = pairs[np.triu_indices(12)]
+    together = np.stack([packed, packed])[:, None]
+    only = RouterStatistics(statistics.description, {"play": replace(moments, selected_together=together)})
+    bar = co_selection_figure(selection, only).axes[-1]
+    image = co_selection_figure(selection, only).axes[0].images[0]
+    assert np.nanmin(image.get_array()) < image.norm.vmin
+    assert bar._colorbar.extend == "min"
+
+
 def test_the_map_counts_the_chosen_sources_and_marks_the_selected():
     selection = make_selection([layer_selection(seed, 8, 3) for seed in range(5)], sources=("play", "code"))
     statistics = synthetic_statistics(selection)
@@ -280,9 +368,11 @@ def test_the_map_counts_the_chosen_sources_and_marks_the_selected():
     assert [axes.get_title(loc="left") for axes in maps] == [f"layer {index}" for index in range(5)]
     together = 2 * statistics.sources["play"].co_selection().sum(axis=0)
     for index, axes in enumerate(maps):
-        ratios = pair_log_ratios(together[index : index + 1])[0]
-        order = grouped_order(ratios)
-        assert np.asarray(axes.images[0].get_array()) == pytest.approx(ratios[np.ix_(order, order)])
+        ratios, judged = (function(together[index : index + 1])[0] for function in (pair_log_ratios, judged_pairs))
+        order = grouped_order(np.where(judged, ratios, 0))
+        drawn = np.ma.filled(axes.images[0].get_array(), np.nan)
+        expected = np.where(judged, ratios, np.nan)[np.ix_(order, order)]
+        assert drawn == pytest.approx(expected, nan_ok=True)
         assert [int(label.get_text()) for label in axes.get_xticklabels()] == order
         strip = axes.collections[-1]
         assert tuple(strip.get_facecolor()[0]) == to_rgba(plot_style.YELLOW)

@@ -1,13 +1,14 @@
 """Agreement of two halves of the text, against scipy and brute force."""
 
-from itertools import combinations
+from itertools import combinations, product
+from math import prod
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from nexus_ray.selection.scores import rank_experts
-from nexus_ray.selection.stability import HalfRanking, compare_halves, overlap_p_value
+from nexus_ray.selection.stability import HalfRanking, compare_halves, overlap_p_value, pooled_overlap_p_value
 
 
 def halves(first: np.ndarray, second: np.ndarray) -> tuple[HalfRanking, HalfRanking]:
@@ -26,6 +27,23 @@ def test_p_value_counts_the_selections_of_a_small_layer():
     for common in range(4):
         as_many = sum(len({0, 1, 2} & choice) >= common for choice in choices)
         assert overlap_p_value(common, 3, 7) == pytest.approx(as_many / len(choices))
+
+
+def test_the_p_value_of_several_layers_counts_all_ways_to_agree_on_as_many():
+    """Layers of 5, 4 and 6 experts of which 2, 1 and 3 are selected: by every number in common that they can have."""
+    shapes = [(5, 2), (4, 1), (6, 3)]
+    chances = [[stats.hypergeom(experts, k, k).pmf(same) for same in range(k + 1)] for experts, k in shapes]
+    for found in product(*(range(k + 1) for _, k in shapes)):
+        layers = [(common, k, experts) for common, (experts, k) in zip(found, shapes, strict=True)]
+        as_many = [ways for ways in product(*(range(k + 1) for _, k in shapes)) if sum(ways) >= sum(found)]
+        expected = sum(prod(chances[layer][same] for layer, same in enumerate(ways)) for ways in as_many)
+        assert pooled_overlap_p_value(layers) == pytest.approx(expected)
+
+
+def test_the_p_value_of_one_layer_is_its_own_and_that_of_many_is_rare():
+    assert pooled_overlap_p_value([(3, 4, 8)]) == pytest.approx(overlap_p_value(3, 4, 8))
+    assert pooled_overlap_p_value([(4, 4, 8)] * 4) == pytest.approx(70.0**-4)
+    assert pooled_overlap_p_value([(0, 4, 8)] * 4) == pytest.approx(1)
 
 
 def test_overlap_and_held_out_share_of_known_scores():

@@ -5,33 +5,35 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 
 from nexus_ray.data.coverage import CalibrationSample
-from nexus_ray.selection.advice import layer_numbers, next_steps
+from nexus_ray.router.artefact import RouterStatistics
 from nexus_ray.selection.methods import METHODS
 from nexus_ray.selection.record import VERDICTS, LayerSelection, Selection
-from nexus_ray.selection.scores import cumulative_shares
-from nexus_ray.selection.serving import (
+from nexus_ray.selection.report.advice import layer_numbers, next_steps
+from nexus_ray.selection.report.sources import (
     Comparison,
+    Pairwise,
     compare_sources,
     exclusive_experts,
     ordered_sources,
     share_of_selections,
+    texts_of_their_own,
 )
 from nexus_ray.storage import write_text
 
 _MOST_EXPERTS_LISTED = 8
-_TOP_COUNTS = (4, 8, 16, 32)
 _CAPTIONS = {
-    "expert_importance.png": "Importance of every expert; the selected ones have a frame.",
+    "expert_importance.png": "Importance of every expert, pale up to the even share; the selected ones have a frame.",
     "selection_stability.png": "Agreement of two halves of the text, and the share of the score, beside chance.",
-    "expert_usage.png": "How often the router sends each source to each expert.",
-    "co_selection.png": "Pairs of experts chosen together more (blue) or less (orange) often than by popularity alone.",
+    "expert_usage.png": "How often the router sends each source to each expert, pale up to the even share.",
+    "co_selection.png": "Pairs of experts chosen together more (blue) or less (orange) often than by popularity alone; "
+    "grey: too few pairs to tell.",
     "concentration.png": "Share of the score held by the best experts, beside the null model.",
     "router_variance.png": "Principal components of the router probabilities, beside independent experts.",
 }
@@ -42,7 +44,7 @@ _NULLS = {
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e[-+]?\d+)?")
 
 
-def write_report(selection: Selection, path: Path, plots_directory: Path) -> None:
+def write_report(selection: Selection, statistics: RouterStatistics, path: Path, plots_directory: Path) -> None:
     """Write the report, with those figures that are in `plots_directory`, atomically.
 
     Raises:
@@ -53,21 +55,22 @@ def write_report(selection: Selection, path: Path, plots_directory: Path) -> Non
         for name in _CAPTIONS
         if (plots_directory / name).exists()
     }
-    write_text(path, render(selection, figures))
+    write_text(path, render(selection, statistics, figures))
 
 
-def render(selection: Selection, figures: Mapping[str, str] | None = None) -> str:
+def render(selection: Selection, statistics: RouterStatistics, figures: Mapping[str, str] | None = None) -> str:
     """The report as Markdown.
 
     Args:
         selection: what to report.
+        statistics: that it was made from; they say how far the use of experts differs between texts.
         figures: relative paths of the figures by file name; those that are not known are left out.
     """
     figures = figures or {}
     sections = [
         ["# Expert selection", f"**{selection.summary()}**", *next_steps(selection)],
         _layers(selection, figures),
-        _serving(selection, figures),
+        _serving(selection, compare_sources(selection, statistics), figures),
         _calibration(selection),
         _distribution(selection, figures),
         _reading(selection),
@@ -109,14 +112,15 @@ def _layers(selection: Selection, figures: Mapping[str, str]) -> list[str]:
 
 
 def _layer_row(index: int, layer: LayerSelection) -> list[str]:
-    return [
-        str(index),
-        _experts(layer.selected),
-        f"{_percent(layer.share)} / {_percent(layer.null_share)} ({_percent(layer.null_share_high)})",
+    shares = f"{_percent(layer.share)} / {_percent(layer.null_share)} ({_percent(layer.null_share_high)})"
+    figures = [
+        shares,
         _percent(layer.held_out_share),
         f"{_percent(layer.split_half_overlap)} / {_percent(layer.chance_overlap)}",
-        layer.verdict,
     ]
+    if layer.cause == "identical":
+        figures = ["-"] * len(figures)
+    return [str(index), _experts(layer.selected), *figures, layer.verdict]
 
 
 def _reasons(selection: Selection) -> list[str]:
@@ -141,42 +145,53 @@ def _strength(layer: LayerSelection) -> tuple[float, float]:
     return layer.split_half_overlap or 0.0, layer.share - layer.null_share_high
 
 
-def _serving(selection: Selection, figures: Mapping[str, str]) -> list[str]:
+def _serving(selection: Selection, comparisons: Sequence[Comparison], figures: Mapping[str, str]) -> list[str]:
     names = ordered_sources(selection)
-    rows = [[str(index), *(_use(layer, name) for name in names)] for index, layer in enumerate(selection.layers)]
-    bold = " Bold: in the list of one source only." if len(names) > 1 else ""
+    own = texts_of_their_own(comparisons)
+    rows = [[str(index), *(_use(layer, name, own) for name in names)] for index, layer in enumerate(selection.layers)]
+    bold = " Bold: in the list of this source only, where it uses experts differently from all others." if own else ""
     note = (
         "The most used experts of each source by itself, as many as the layer selects; in brackets the share of the "
         f"source's selections that they take, and the overlap of the lists from its two halves.{bold}"
     )
     pictures = [*_figure(figures, "expert_usage.png"), *_figure(figures, "co_selection.png")]
     lists = [note, _table(["layer", *names], rows)]
-    return ["## Which experts serve which text", *_comparisons(selection), *lists, *pictures]
+    return ["## Which experts serve which text", *_comparisons(comparisons, selection), *lists, *pictures]
 
 
-def _use(layer: LayerSelection, source: str) -> str:
+def _use(layer: LayerSelection, source: str, own: Collection[str]) -> str:
     use = layer.by_source[source]
     shares = f"{_percent(share_of_selections(layer, source))}; {_percent(use.split_half_overlap)}"
-    return f"{_experts(use.selected, exclusive_experts(layer))} ({shares})"
+    return f"{_experts(use.selected, exclusive_experts(layer) if source in own else set())} ({shares})"
 
 
-def _comparisons(selection: Selection) -> list[str]:
-    comparisons = compare_sources(selection)
+def _comparisons(comparisons: Sequence[Comparison], selection: Selection) -> list[str]:
     if not comparisons:
         return ["Only one source was collected: there is no other text to compare its experts with."]
-    header = ["texts", "same experts", "halves of the first", "halves of the second", "further apart", "own experts?"]
+    header = ["texts", "same experts (halves)", "selections that differ (halves)", "layers apart", "by luck", "p"]
+    header.append("other experts?")
+    random = _percent(_mean([layer.chance_overlap for layer in selection.layers]))
     note = (
-        "Two texts have experts of their own only where their lists have less in common than the lists of two halves "
-        f"of either text (*further apart*: in how many layers). Random lists have "
-        f"{_percent(_mean([layer.chance_overlap for layer in selection.layers]))} in common. Means over layers."
+        "*Same experts*: what the lists below have in common; random lists have "
+        f"{random}. *Selections that differ*: the part of the router's selections that goes to other experts. In "
+        "brackets the same between the two halves of the first text and of the second, all as means over layers. "
+        "*Layers apart*: where the texts differ in at least twice as many selections as the halves of either; *by "
+        "luck* is the most of them to expect for texts of one kind, and *p* bounds the probability of as many (sign "
+        "test over layers; *yes* from 0.05 down). *Not shown* is no proof that the texts use the same experts."
     )
     return [_table(header, [_comparison_row(pair) for pair in comparisons]), note]
 
 
 def _comparison_row(pair: Comparison) -> list[str]:
-    overlaps = [_percent(_mean(values)) for values in (pair.between, pair.within_first, pair.within_second)]
-    apart = f"{pair.apart_layers} of {pair.known_layers}" if pair.known_layers else "-"
-    return [f"{pair.first}, {pair.second}", *overlaps, apart, f"**{pair.conclusion()}**"]
+    counts = ["-"] * 3
+    if pair.known_layers:
+        counts = [f"{pair.apart_layers} of {pair.known_layers}", f"at most {pair.luck_layers:g}", f"{pair.p_value:.2g}"]
+    return [", ".join(pair.names), _pairwise(pair.overlap), _pairwise(pair.distance), *counts, f"**{pair.conclusion}**"]
+
+
+def _pairwise(figure: Pairwise) -> str:
+    between, first, second = (_percent(_mean(values)) for values in (figure.between, figure.first, figure.second))
+    return f"{between} ({first}, {second})"
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -212,24 +227,31 @@ def _ratio(value: float, other: float) -> str:
 
 
 def _distribution(selection: Selection, figures: Mapping[str, str]) -> list[str]:
-    measured = cumulative_shares(np.asarray([layer.scores for layer in selection.layers])).mean(axis=0)
-    null = np.mean([layer.null_curve for layer in selection.layers], axis=0)
-    experts = selection.num_experts
-    rows = [
-        [f"best {count}", _percent(measured[count - 1]), _percent(null[count - 1]), _percent(count / experts)]
-        for count in _TOP_COUNTS
-        if count < experts
-    ]
-    null_name = METHODS[selection.method].null_name
+    pictures = [*_figure(figures, "concentration.png"), *_figure(figures, "router_variance.png")]
+    layers = [layer for layer in selection.layers if layer.cause != "identical"]
+    if not layers:
+        words = ["All experts of a layer hold the same weights: how the score is spread over them means nothing."]
+    else:
+        words = _spread(layers, METHODS[selection.method].null_name)
+    return ["## Distribution of the score", *words, *pictures]
+
+
+def _spread(layers: Sequence[LayerSelection], null_name: str) -> list[str]:
+    """How the score is spread over the experts of these layers, on average."""
+    experts = len(layers[0].ranked)
+    rows = []
+    for count in layers[0].distribution.top_fractions:
+        measured = _mean([layer.distribution.top_fractions[count] for layer in layers])
+        null = _mean([layer.null_curve[int(count) - 1] for layer in layers])
+        rows.append([f"best {count}", _percent(measured), _percent(null), _percent(int(count) / experts)])
     table = [_table(["share of the score", "measured", null_name, "same score each"], rows)] if rows else []
-    effective = _mean([layer.distribution.effective_experts for layer in selection.layers])
+    effective = _mean([layer.distribution.effective_experts for layer in layers])
     note = (
-        f"Means over layers. Pattern: {_patterns([layer.distribution.pattern for layer in selection.layers])}; under "
-        f"the null model: {_patterns([layer.distribution.null_pattern for layer in selection.layers])}. "
+        f"Means over layers. Pattern: {_patterns([layer.distribution.pattern for layer in layers])}; under "
+        f"the null model: {_patterns([layer.distribution.null_pattern for layer in layers])}. "
         f"The score is spread as if over {effective:.1f} equal experts of {experts}."
     )
-    pictures = [*_figure(figures, "concentration.png"), *_figure(figures, "router_variance.png")]
-    return ["## Distribution of the score", *table, note, *pictures]
+    return [*table, note]
 
 
 def _patterns(labels: Sequence[str]) -> str:
@@ -238,17 +260,19 @@ def _patterns(labels: Sequence[str]) -> str:
 
 
 def _reading(selection: Selection) -> list[str]:
-    rare = ""
-    if any(sample.method == "coverage" for sample in selection.calibration.values()):
-        rare = (
-            " Sequences chosen for coverage over-represent rare tokens, so the shares are those of this sample, not "
-            "of the text as people write it."
-        )
+    by_coverage = any(sample.method == "coverage" for sample in selection.calibration.values())
+    rare = (
+        " Sequences chosen for coverage over-represent rare tokens, so the shares are those of this sample, not "
+        "of the text as people write it."
+    )
+    chosen = ", chosen for coverage as here" if by_coverage else ""
     null = _NULLS[METHODS[selection.method].null_name]
     return [
         "## How to read the numbers",
-        f"*Null* is what {null} would give: a share that is not above it says nothing. *Held-out share* scores the "
-        "experts chosen on one half of the text on the other half, so it does not flatter the choice."
-        f"{rare} *Overlap* is between two halves of the same sources, which may share documents: a stable choice "
-        "repeats on other text of this kind. It does not mean that training from it is better.",
+        f"*Null* is what {null} would give: a share that is not above it says nothing, and one layer in twenty is "
+        "above the 95 % bound by luck. *Held-out share* scores the experts chosen on one half of the text on the other "
+        f"half, so it does not flatter the choice.{rare if by_coverage else ''}",
+        "*Overlap* is between two halves of the same sources. They share no document where a source has more than one "
+        f"shard; a single shard is cut in the middle. A stable choice repeats on other text of this kind{chosen}. It "
+        "does not mean that training from it is better.",
     ]

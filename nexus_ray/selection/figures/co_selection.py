@@ -16,7 +16,7 @@ from scipy.spatial.distance import squareform  # type: ignore[import-untyped]
 
 from nexus_ray import plot_style as look
 from nexus_ray.router.artefact import RouterStatistics
-from nexus_ray.selection.panels import DIVERGING, colour_bar, hide_frame
+from nexus_ray.selection.figures.panels import DIVERGING, Beyond, colour_bar, hide_frame
 from nexus_ray.selection.record import Selection
 from nexus_ray.selection.scores import Floats
 
@@ -27,8 +27,10 @@ _POINTS_PER_INCH = 72
 _MOST_LABELS = 48  # expert numbers along one row of panels
 _BISECTIONS = 90
 _FARTHEST = 1e9  # times the least possible sum: an expert that is in every pair has no finite solution
-_INSIDE_SCALE = 0.97  # of the pairs; the rest, mostly pairs hardly ever seen, take the colour at the end
+_INSIDE_SCALE = 0.97  # of the judged pairs; the rest take the colour at the end
 _LEAST_LIMIT = 1.0  # a factor of two: weaker ties stay pale instead of filling the colour scale
+_DEVIATIONS = 3  # standard deviations of a count, from which on it is not luck
+_ENOUGH_PAIRS = 4 * _DEVIATIONS**2  # expected, of which half as many would be that far off
 
 
 def co_selection_figure(selection: Selection, statistics: RouterStatistics) -> Any | None:
@@ -36,25 +38,39 @@ def co_selection_figure(selection: Selection, statistics: RouterStatistics) -> A
     pairs = _pairs(selection, statistics)
     if not _without_diagonal(pairs).any():
         return None
-    ratios = pair_log_ratios(pairs)
+    ratios, judged = pair_log_ratios(pairs), judged_pairs(pairs)
     layers = len(ratios)
     columns = min(_MOST_COLUMNS, math.ceil(math.sqrt(layers)))
     rows = math.ceil(layers / columns)
     size = min(_LARGEST_PANEL_INCHES, _WIDTH_INCHES / columns)
-    figure = look.new_figure(columns * size + 0.9, rows * (size + 0.1) + 0.6)
+    figure = look.new_figure(columns * size + 0.9, rows * (size + 0.1) + 0.8)
     panels = figure.subplots(rows, columns, squeeze=False)
-    limit = max(_LEAST_LIMIT, float(np.quantile(np.abs(ratios), _INSIDE_SCALE)))
-    scale = TwoSlopeNorm(0, -limit, limit)
+    scale, beyond = _scale(ratios[judged])
     for layer, axes in enumerate(panels.flat):
         if layer < layers:
-            image = _panel(axes, ratios[layer], set(selection.layers[layer].selected), scale, columns)
+            known = np.where(judged[layer], ratios[layer], 0.0)
+            order = grouped_order(known)
+            image = _panel(axes, np.where(judged[layer], known, np.nan), order, scale, columns)
+            _mark_selected(axes, [at for at, expert in enumerate(order) if expert in selection.layers[layer].selected])
             pad = _POINTS_PER_INCH * _STRIP_HEIGHT * 1.5 * size + 4
             axes.set_title(f"layer {layer}", loc="left", fontsize=9, pad=pad, color=look.INK)
         else:
             axes.set_axis_off()
     _title(figure, selection, columns)
-    colour_bar(figure, image, panels, "log2 of pairs observed / expected", percent=False)
+    colour_bar(figure, image, panels, "log2 of pairs observed / expected", percent=False, beyond=beyond)
     return figure
+
+
+def _scale(ratios: Floats) -> tuple[TwoSlopeNorm, Beyond]:
+    """Colours for most of the judged ratios [pairs], and at which ends of the scale there are more."""
+    limit = max(_LEAST_LIMIT, float(np.quantile(np.abs(ratios), _INSIDE_SCALE)) if len(ratios) else 0.0)
+    ends: dict[tuple[bool, bool], Beyond] = {
+        (False, False): "neither",
+        (True, False): "min",
+        (False, True): "max",
+        (True, True): "both",
+    }
+    return TwoSlopeNorm(0, -limit, limit), ends[bool((ratios < -limit).any()), bool((ratios > limit).any())]
 
 
 def _pairs(selection: Selection, statistics: RouterStatistics) -> NDArray[np.int64]:
@@ -66,8 +82,8 @@ def _pairs(selection: Selection, statistics: RouterStatistics) -> NDArray[np.int
 def pair_log_ratios(together: NDArray[np.int64]) -> Floats:
     """[layers, experts, experts] log2 of observed over expected pairs; the diagonal is 0.
 
-    Half a pair is added to both counts (Haldane 1956, Annals of Human Genetics 20), so that a pair too rare to judge
-    is near 0 and one never seen stays finite.
+    Half a pair is added to both counts (Haldane 1956, Annals of Human Genetics 20), so that a pair never seen stays
+    finite. Ratios of rare pairs are mostly luck: `judged_pairs` says which to look at.
 
     Args:
         together: [layers, experts, experts] tokens for which both experts were selected; the diagonal is not used.
@@ -75,6 +91,22 @@ def pair_log_ratios(together: NDArray[np.int64]) -> Floats:
     observed = _without_diagonal(together)
     ratios: Floats = np.log2((observed + 0.5) / (expected_pairs(together) + 0.5))
     return _without_diagonal(ratios)
+
+
+def judged_pairs(together: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[layers, experts, experts] whether enough pairs were seen or expected to tell company from luck; no diagonal.
+
+    That is where the observed count is three standard deviations from the expected one, or so many pairs are expected
+    that half as many would be. The standard deviation is the root of the expected count (Poisson), as if tokens were
+    independent; tokens of one text are less than that, so pairs near the limit may still be luck.
+
+    Args:
+        together: as in `pair_log_ratios`.
+    """
+    expected = expected_pairs(together)
+    distance = np.abs(_without_diagonal(together) - expected)
+    told = (distance > 0) & (distance >= _DEVIATIONS * np.sqrt(expected))
+    return (told | (expected >= _ENOUGH_PAIRS)) & ~np.eye(together.shape[-1], dtype=bool)
 
 
 def expected_pairs(together: NDArray[np.int64]) -> Floats:
@@ -131,24 +163,18 @@ def grouped_order(ratios: Floats) -> list[int]:
     return [int(expert) for expert in leaves_list(tree)]
 
 
-def _panel(axes: Any, ratios: Floats, selected: set[int], scale: Any, columns: int) -> Any:
-    order = grouped_order(ratios)
+def _panel(axes: Any, ratios: Floats, order: list[int], scale: Any, columns: int) -> Any:
+    """Ratios [experts, experts] of a layer in this order; NaN is grey."""
+    axes.set_facecolor(look.PALE)
     image = axes.imshow(ratios[np.ix_(order, order)], cmap=DIVERGING, norm=scale, interpolation="nearest")
-    _grey_diagonal(axes, len(order))
-    _mark_selected(axes, [place for place, expert in enumerate(order) if expert in selected], len(order))
     _expert_numbers(axes, order, columns)
     hide_frame(axes)
     return image
 
 
-def _grey_diagonal(axes: Any, experts: int) -> None:
-    squares = [Rectangle((place - 0.5, place - 0.5), 1, 1) for place in range(experts)]
-    axes.add_collection(PatchCollection(squares, facecolor=look.PALE, edgecolor="none"))
-
-
-def _mark_selected(axes: Any, places: Sequence[int], experts: int) -> None:
+def _mark_selected(axes: Any, places: Sequence[int]) -> None:
     """A strip above the columns of the selected experts: it stays visible where a cell is one pixel."""
-    height = _STRIP_HEIGHT * experts
+    height = _STRIP_HEIGHT * len(axes.images[0].get_array())
     marks = [Rectangle((place - 0.5, -0.5 - 1.3 * height), 1, height) for place in places]
     axes.add_collection(PatchCollection(marks, facecolor=look.YELLOW, edgecolor="none", clip_on=False), autolim=False)
 
@@ -162,7 +188,7 @@ def _expert_numbers(axes: Any, order: list[int], columns: int) -> None:
 
 
 def _title(figure: Any, selection: Selection, columns: int) -> None:
-    what = f"Experts chosen together for {' + '.join(selection.sources)}"
-    how = "grouped by company (yellow above: selected)"
-    text = ("\n" if columns == 1 else ", ").join((what, how))
-    figure.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold", color=look.INK)
+    colours = ("yellow above: selected", "grey: too few pairs to tell from luck")
+    what = f"Experts chosen together for {' + '.join(selection.sources)}, grouped by company"
+    text = "\n".join((what, ("\n" if columns == 1 else "; ").join(colours)))
+    figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold", color=look.INK)

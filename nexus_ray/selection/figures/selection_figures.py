@@ -12,12 +12,12 @@ from typing import Any
 
 from nexus_ray import plot_style as look
 from nexus_ray.router.artefact import RouterStatistics
-from nexus_ray.selection.co_selection import co_selection_figure
-from nexus_ray.selection.curves import concentration_figure, stability_figure, variance_figure
-from nexus_ray.selection.heatmaps import importance_figure, usage_figure
+from nexus_ray.selection.figures.co_selection import co_selection_figure
+from nexus_ray.selection.figures.curves import concentration_figure, stability_figure, variance_figure
+from nexus_ray.selection.figures.heatmaps import importance_figure, usage_figure
 from nexus_ray.selection.record import Selection
 
-_FIGURES: dict[str, Callable[[Selection], Any]] = {
+_FIGURES: dict[str, Callable[[Selection], Any | None]] = {
     "expert_importance.png": importance_figure,
     "expert_usage.png": usage_figure,
     "router_variance.png": variance_figure,
@@ -28,19 +28,24 @@ _CO_SELECTION = "co_selection.png"
 
 
 def plot_selection(selection: Selection, statistics: RouterStatistics | None, directory: Path) -> list[Path]:
-    """Draw all figures of a selection as PNG below `directory` and return their paths.
+    """Draw the figures of a selection as PNG below `directory` and return their paths.
 
-    Without statistics, or when the router selects one expert at a time, there are no pairs to draw; a figure of pairs
-    that an earlier selection left is then removed.
+    A figure that would show nothing is left out, and one that an earlier selection left is then removed: pairs,
+    without statistics or when the router selects one expert at a time, and whatever is about the choice, when all
+    experts of every layer hold the same weights.
 
     Raises:
         StorageError: the file system refused.
     """
-    for name, draw in _FIGURES.items():
-        look.save(draw(selection), directory / name)
+    paths = [directory / name for name, draw in _FIGURES.items() if _save(draw(selection), directory / name)]
     pairs = co_selection_figure(selection, statistics) if statistics is not None else None
-    if pairs is None:
-        (directory / _CO_SELECTION).unlink(missing_ok=True)
+    return [*paths, directory / _CO_SELECTION] if _save(pairs, directory / _CO_SELECTION) else paths
+
+
+def _save(figure: Any | None, path: Path) -> bool:
+    """Whether there was something to save."""
+    if figure is None:
+        path.unlink(missing_ok=True)
     else:
-        look.save(pairs, directory / _CO_SELECTION)
-    return [directory / name for name in (*_FIGURES, *([_CO_SELECTION] if pairs is not None else []))]
+        look.save(figure, path)
+    return figure is not None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
@@ -15,11 +15,14 @@ from nexus_ray import plot_style as look
 from nexus_ray.selection.record import LayerSelection, Selection
 from nexus_ray.selection.scores import Floats
 
-SEQUENTIAL = LinearSegmentedColormap.from_list("white_to_blue", ["#FFFFFF", "#C6DDF0", "#56A3D9", look.BLUE, "#0B2A45"])
+_PALE_HALF = LinearSegmentedColormap.from_list(
+    "pale_half", [(0, "#FFFFFF"), (0.5, "#DCEAF6"), (0.65, "#8CC1E6"), (0.85, look.BLUE), (1, "#0B2A45")]
+)
 DIVERGING = LinearSegmentedColormap.from_list("orange_to_blue", [look.ORANGE, "#FFFFFF", look.BLUE])
 PERCENT = FuncFormatter(lambda value, _: f"{round(100 * value, 6):g} %")
 _LAYERS = LinearSegmentedColormap.from_list("layers", ["#8CC5EA", look.BLUE, "#0B1D33"])
 _FEW_TICKS = 12
+Beyond = Literal["neither", "min", "max", "both"]
 
 
 def heatmap(axes: Any, values: Floats, colours: Any, **scale: Any) -> Any:
@@ -38,6 +41,23 @@ def heatmap(axes: Any, values: Floats, colours: Any, **scale: Any) -> Any:
     return image
 
 
+def share_heatmap(axes: Any, shares: Floats, highest: float) -> Any:
+    """Draw [layers, experts] shares of a layer's total, on a scale up to `highest`; returns the image.
+
+    Shares up to the even one, 1 / experts, are pale, so that a layer without preferences stays pale altogether.
+    """
+    even = 1 / shares.shape[1]
+    return heatmap(axes, shares, _PALE_HALF, norm=TwoSlopeNorm(even, 0, max(highest, 2 * even)))
+
+
+def share_bar(figure: Any, image: Any, axes: Any, label: str) -> None:
+    """The scale of a `share_heatmap`, with a mark at the even share."""
+    even, highest = image.norm.vcenter, image.norm.vmax
+    bar = colour_bar(figure, image, axes, label)
+    marks = [0, even, (even + highest) / 2, highest]
+    bar.set_ticks(marks, labels=[f"{100 * mark:.3g} %" for mark in marks])
+
+
 def hide_frame(axes: Any) -> None:
     """Remove the four sides of the axes."""
     for side in axes.spines.values():
@@ -54,11 +74,23 @@ def panel_title(axes: Any, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=11, fontweight="bold", color=look.INK)
 
 
-def colour_bar(figure: Any, image: Any, axes: Any, label: str, *, percent: bool = True) -> None:
-    """The scale of an image beside its panel, or beside all panels of an array."""
+def colour_bar(
+    figure: Any, image: Any, axes: Any, label: str, *, percent: bool = True, beyond: Beyond = "neither"
+) -> Any:
+    """Put the scale of an image beside its panel, or beside all panels of an array, and return it.
+
+    Args:
+        figure: that both are in.
+        image: whose colours are explained.
+        axes: its panel, or an array of panels.
+        label: of the scale, with the unit.
+        percent: whether the values are shares.
+        beyond: the ends of the scale that some values lie outside of; they get an arrow.
+    """
     place = {"pad": 0.012, "aspect": 14} if np.ndim(axes) == 0 else {"pad": 0.015, "aspect": 45, "fraction": 0.03}
-    bar = figure.colorbar(image, ax=axes, format=PERCENT if percent else None, **place)
+    bar = figure.colorbar(image, ax=axes, format=PERCENT if percent else None, extend="neither", **place)
     _quiet(bar, label)
+    return bar
 
 
 def layer_bar(figure: Any, axes: Any, layers: int) -> None:
@@ -84,9 +116,9 @@ def layer_colours(layers: int) -> list[Any]:
     return [_LAYERS(value) for value in np.linspace(0, 1, layers)] if layers > 1 else [look.BLUE]
 
 
-def layer_axis(axes: Any, layers: int) -> None:
-    """Whole layer numbers along the bottom."""
-    axes.set_xticks(ticks(layers, _FEW_TICKS))
+def layer_axis(axes: Any, layers: int, most: int = _FEW_TICKS) -> None:
+    """Whole layer numbers along the bottom, at most so many."""
+    axes.set_xticks(ticks(layers, most))
     axes.set_xlim(-0.7, layers - 0.3)
 
 
@@ -108,6 +140,16 @@ def by_layer(selection: Selection, value: Callable[[LayerSelection], float | Non
     """[layers] of a value of each layer; NaN where it is None, so that it is not drawn."""
     values = (value(layer) for layer in selection.layers)
     return np.asarray([np.nan if number is None else number for number in values], dtype=np.float64)
+
+
+def of_choices(selection: Selection, value: Callable[[LayerSelection], float | None]) -> Floats:
+    """The same, NaN too where all experts hold the same weights, so that no choice means anything."""
+    return by_layer(selection, lambda layer: value(layer) if layer.cause != "identical" else None)
+
+
+def layers_with_a_choice(selection: Selection) -> list[int]:
+    """Layers whose experts differ: where all hold the same weights a share of the score means nothing."""
+    return [index for index, layer in enumerate(selection.layers) if layer.cause != "identical"]
 
 
 def selected_count(selection: Selection) -> str:

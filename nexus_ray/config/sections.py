@@ -1,0 +1,308 @@
+"""The sections of a configuration, one a concern: every field with a default or required, and what it means.
+
+`nexus-ray config CONFIG` prints the descriptions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
+
+Initialisation = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^(top1_zero|zero|random|top1|top1_average|top4_average|lstsq|(pca|reap|aligned)_top(K|[1-9]\d*))$"
+    ),
+]
+_MIXTURE_TOLERANCE = 1e-6
+
+
+class Section(BaseModel):
+    """Base of every section: unknown fields are errors, values cannot be changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Where a run keeps its artefacts, and the seed of everything random in it."""
+
+    directory: Path = Field(description="run directory; every artefact of the run lives below it")
+    seed: int = Field(0, ge=0, description="seed of sampling, initialisation and data order")
+
+
+class ModelSection(Section):
+    """The frozen base model."""
+
+    path: Path = Field(description="Hugging Face directory of the base model (GPT-OSS layout)")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute type of the base; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU when Ray gives the worker one")
+    experts: Literal["packed", "grouped_mm", "eager", "batched_mm"] = Field(
+        "packed",
+        description="packed: routed experts as stored, MXFP4 stays 4-bit in memory; "
+        "else dequantised, computed by the transformers implementation of that name",
+    )
+
+
+class SourceSection(Section):
+    """One body of text: its training files and its held-out files, which no stage before evaluate opens."""
+
+    train: tuple[str, ...] = Field(
+        description="files, globs or URIs of .jsonl, .txt or .parquet; directories of datasets' save_to_disk; "
+        "datasets://NAME?config=CONFIG&split=SPLIT"
+    )
+    heldout: tuple[str, ...] = Field((), description="the same, for text that only `evaluate` reads")
+    role: Literal["domain", "retention"] = Field(
+        "domain", description="domain: what to learn; retention: what must not get worse"
+    )
+    text_field: str | None = Field(
+        None,
+        min_length=1,
+        description="field of a row that holds the text, before all forms that rows are known by; "
+        "default: a conversation in one of the usual forms, else `text`",
+    )
+
+    @field_validator("train", "heldout", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class DataSection(Section):
+    """Text and how it is packed into sequences."""
+
+    sources: dict[str, SourceSection] = Field(description="named text sources", min_length=1)
+    sequence_length: int = Field(512, ge=8, description="tokens of a packed sequence")
+    shard_bytes: int = Field(
+        1 << 20,
+        ge=1024,
+        description="bytes of text a unit of parallel work; one Parquet file of targets each",
+    )
+    strict: bool = Field(
+        False, description="fail at the first row that cannot be read; else such rows are left out and counted"
+    )
+
+
+class ResourcesSection(Section):
+    """What Ray gives to each worker of a stage."""
+
+    workers: int = Field(2, ge=1, description="workers of a stage")
+    min_workers: int | None = Field(
+        None, ge=1, description="a pool over text starts with as many and grows to `workers`; default: all at once"
+    )
+    cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and torch threads, of a worker")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of a worker; 0 runs on CPU")
+    memory_gib_per_worker: float | None = Field(None, gt=0, description="memory that Ray reserves for a worker")
+    max_failures: int = Field(2, ge=0, description="worker crashes that training recovers from by itself")
+
+    @model_validator(mode="after")
+    def _pool_can_grow(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) is more than workers ({self.workers})")
+        return self
+
+
+class CollectSection(Section):
+    """Router statistics: on which text, and what is recorded."""
+
+    tokens: int = Field(
+        196_608, ge=1, description="calibration tokens of all sources together (whole sequences, rounded up)"
+    )
+    mixture: dict[str, Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None, description="share of the tokens that each source gives; default: equal shares of all sources"
+    )
+    sampling: Literal["coverage", "random"] = Field(
+        "coverage", description="coverage: the sequences that cover the vocabulary best; random: any"
+    )
+    candidates: int = Field(8, ge=1, description="sequences tokenised for each one chosen")
+    batch_sequences: int = Field(8, ge=1, description="sequences of one forward pass")
+    unit_batches: int = Field(4, ge=1, description="batches of a unit of work, the most that a killed worker loses")
+    expert_norms: bool = Field(True, description="record what REAP needs: gate x output norm (packed experts only)")
+    export_probabilities: int = Field(
+        0, ge=0, description="tokens whose router probabilities are written to router_probs.npz, for other tools"
+    )
+
+    @model_validator(mode="after")
+    def _mixture_is_whole(self) -> Self:
+        if self.mixture is not None and abs(sum(self.mixture.values()) - 1) > _MIXTURE_TOLERANCE:
+            total = round(sum(self.mixture.values()), 6)
+            raise ValueError(f"mixture: the shares add up to {total}, not to 1")
+        return self
+
+
+class SelectSection(Section):
+    """Which experts matter in each layer."""
+
+    method: Literal["pca", "pca_variance", "usage", "gate_mass", "reap"] = Field(
+        "pca",
+        description="pca: the reference formula; pca_variance: variance in the leading components; usage: selection "
+        "count; gate_mass: sum of gate weights; reap: mean of gate x output norm over the tokens an expert gets "
+        "(needs packed experts)",
+    )
+    top_k: int = Field(8, ge=1, description="experts selected per layer, unless coverage is set")
+    coverage: float | None = Field(
+        None, gt=0, le=1, description="select as few experts of each layer as have this share of its score"
+    )
+    max_correlation: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="pass over an expert whose router probability is correlated more than this with a better one's; "
+        "default: none is passed over",
+    )
+    components: int = Field(20, ge=1, description="principal components in the pca and pca_variance scores")
+    sources: tuple[str, ...] | None = Field(None, description="sources whose statistics count; default: the domain")
+
+
+class ConvertSection(Section):
+    """How the shared expert starts."""
+
+    initialisation: Initialisation = Field(
+        "top1_zero",
+        description="top1_zero: the most used expert with its down projection zeroed; zero; random; top1; "
+        "top1_average; top4_average; mean of the K selected in a layer, or of the best 24: pca_topK, pca_top24 "
+        "(by select.method), reap_topK (by REAP), aligned_topK (neurons matched first); lstsq: the most used "
+        "expert, its down projection fitted to the routed output (use with scale=0.1)",
+    )
+    token_gate: bool = Field(True, description="a one-logit sigmoid gate per token on the shared expert's output")
+    scale: float = Field(1.0, gt=0, description="output scale of the shared expert")
+    learn_scale: bool = Field(False, description="train the output scale too")
+    width: int | None = Field(
+        None,
+        ge=1,
+        description="intermediate size; default: the routed experts'. Smaller keeps the neurons of largest norm, "
+        "larger adds neurons without output",
+    )
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="storage type of the overlay's tensors")
+    shard_bytes: int = Field(5_000_000_000, ge=1, description="most bytes of one file of the initial overlay")
+    calibration_sequences: int = Field(
+        16, ge=1, description="calibration sequences of the domain that lstsq fits to, in one forward pass"
+    )
+    ridge: float = Field(1e-3, gt=0, description="penalty of lstsq, as a share of the features' mean variance")
+
+
+class TargetsSection(Section):
+    """Teacher targets: packed sequences with the base model's top-K log-probabilities."""
+
+    top_k: int = Field(64, ge=1, description="log-probabilities kept per token; the rest is one tail mass")
+    batch_sequences: int = Field(8, ge=1, description="sequences of one forward pass")
+
+
+class TrainSourceSection(Section):
+    """How one source enters the loss."""
+
+    sequences_per_step: int = Field(ge=1, description="sequences of this source in each global batch")
+    cross_entropy: float = Field(0.0, ge=0, description="weight of next-token cross-entropy")
+    output_kl: float = Field(0.0, ge=0, description="weight of KL(teacher || student) on next-token distributions")
+    router_kl: float = Field(0.0, ge=0, description="weight of KL(teacher || student) on router distributions")
+
+
+class ScheduleSection(Section):
+    """Learning-rate schedule, in fractions of the run."""
+
+    warmup: float = Field(0.05, ge=0, le=1, description="fraction of steps of linear warm-up")
+    decay: float = Field(0.5, ge=0, le=1, description="fraction of steps of decay at the end; the rest is stable")
+    shape: Literal["cosine", "linear"] = Field("cosine", description="shape of the decay")
+    floor: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a fraction of the peak")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.warmup + self.decay > 1:
+            raise ValueError("warmup + decay must be at most 1")
+        return self
+
+
+class OptimiserSection(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(1e-2, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0, description="largest global gradient norm")
+    schedule: ScheduleSection = ScheduleSection()
+
+
+class TrainSection(Section):
+    """Distillation of the shared experts."""
+
+    mode: Literal["offline", "online"] = Field(
+        "offline",
+        description="offline: stored targets; online: the same model with shared experts off, on the fly",
+    )
+    steps: int = Field(160, ge=1, description="optimiser steps")
+    sources: dict[str, TrainSourceSection] = Field(description="what each source contributes", min_length=1)
+    micro_batch_sequences: int = Field(8, ge=1, description="sequences of one forward pass on one worker")
+    optimiser: OptimiserSection = OptimiserSection()
+    router_temperature: float = Field(1.0, gt=0, description="temperature of the router KL")
+    validation_sequences: int = Field(
+        16, ge=1, description="sequences of each source kept out of training to choose the best checkpoint"
+    )
+    validate_every: int = Field(40, ge=1, description="steps between validations")
+    checkpoint_every: int = Field(40, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="recovery checkpoints kept")
+
+
+class EvaluateSection(Section):
+    """Base against student on held-out text."""
+
+    batch_sequences: int = Field(8, ge=1)
+    max_sequences_per_source: int | None = Field(None, ge=2, description="default: all held-out text")
+    bootstrap_samples: int = Field(2000, ge=100)
+    confidence: float = Field(0.95, gt=0, lt=1)
+
+
+class ServeSection(Section):
+    """The HTTP service."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    name: str | None = Field(None, description="student's model id; default: the run directory's name")
+    replicas: int = Field(1, ge=1)
+    max_new_tokens: int = Field(512, ge=1, description="largest max_tokens a request may ask for")
+    max_concurrent_requests: int = Field(16, ge=1)
+
+
+class ArchitectureSection(Section):
+    """Shape of a model trained from scratch (GPT-OSS architecture)."""
+
+    layers: int = Field(6, ge=1)
+    hidden_size: int = Field(192, ge=32, multiple_of=32)
+    intermediate_size: int = Field(192, ge=32, multiple_of=32)
+    experts: int = Field(16, ge=1)
+    experts_per_token: int = Field(4, ge=1)
+    head_dim: int = Field(32, ge=8, multiple_of=2)
+    attention_heads: int = Field(6, ge=1)
+    key_value_heads: int = Field(2, ge=1)
+    sliding_window: int = Field(128, ge=1)
+    max_position_embeddings: int = Field(2048, ge=16)
+    rope_theta: float = Field(150_000.0, gt=0)
+    rope_factor: float = Field(4.0, ge=1, description="YaRN factor; original context = max_position / factor")
+
+
+class PretrainSection(Section):
+    """A small MoE trained from scratch: how the embedded model was made."""
+
+    tokenizer: Path = Field(description="directory of the tokenizer to train with")
+    output: Path = Field(description="where the Hugging Face directory is written")
+    architecture: ArchitectureSection = ArchitectureSection()
+    steps: int = Field(2500, ge=1)
+    sequences_per_step: int = Field(16, ge=1)
+    micro_batch_sequences: int = Field(16, ge=1)
+    optimiser: OptimiserSection = OptimiserSection(learning_rate=2e-3, weight_decay=0.1)
+    load_balancing: float = Field(0.01, ge=0, description="coefficient of the load-balancing loss")
+    validate_every: int = Field(100, ge=1)
+    validation_sequences: int = Field(64, ge=1)
+    checkpoint_every: int = Field(100, ge=1)
+    keep_checkpoints: int = Field(1, ge=1)
+    prompts: tuple[str, ...] = Field((), description="texts continued at each validation")

@@ -1,0 +1,1 @@
+"""Figures of an expert selection, drawn from its record and the router statistics."""
