@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from nexus_ray.config import ResourcesSection
@@ -16,6 +16,7 @@ from nexus_ray.console import progress
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
 
 logger = logging.getLogger(__name__)
+_RETRIES = 3  # of a piece of work whose worker died
 _TASKS_IN_FLIGHT = 2  # one at work and one waiting: more would leave workers idle at the end
 
 
@@ -83,15 +84,31 @@ def map_over_pool(
         _Guarded,  # type: ignore[arg-type]
         fn_constructor_kwargs={"worker": worker, "arguments": arguments},
         compute=pool,
+        max_task_retries=_RETRIES,
         **actor_options(resources),
     )
     unit, total = amount or ("", len(items))
     with progress(description, total, unit) as advance:
-        for row in results.iter_rows():
+        for row in _surviving(results.iter_rows(), description):
             if row.get("error"):
                 raise error_from_record(row)
             advance(int(row[unit]) if unit else 1)
             yield row
+
+
+def _surviving(rows: Iterable[dict[str, Any]], description: str) -> Iterator[dict[str, Any]]:
+    """The rows; workers that keep dying become a message for people."""
+    from ray.exceptions import RayActorError, RayTaskError
+
+    try:
+        yield from rows
+    except RayTaskError:  # a defect, with its traceback
+        raise
+    except RayActorError as error:
+        raise NexusError(
+            f"{description}: a worker died {_RETRIES + 1} times at the same piece of work, killed or out of memory",
+            "smaller batches or fewer workers need less memory (`nexus-ray plan CONFIG`); the same command continues",
+        ) from error
 
 
 class _Guarded:

@@ -125,7 +125,7 @@ class OverlayWriter:
         if not _is_finite(stored):
             raise ArtefactError(
                 f"{name} of the overlay has values that are not finite",
-                "the training has diverged, or the base is damaged: lower train.learning_rate, or check the base",
+                "the training has diverged (lower train.optimiser.learning_rate), or the base is damaged: check it",
             )
         self._writer.write(name, stored)
 

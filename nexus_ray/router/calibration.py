@@ -4,8 +4,8 @@ Workers tokenise candidates, several times as many as are wanted; the driver cho
 unless told otherwise, and keeps the choice as `calibration.safetensors`. Statistics of the student, and conversions
 that need text, use the same sequences.
 
-Every sequence belongs to one of two halves, chosen separately. Halves share no shard, hence no document; a source
-of a single shard is cut in the middle of its sequences instead.
+Every sequence belongs to one of two halves, chosen separately (`router/halves.py`). Halves share no shard, hence no
+document, unless whole shards cannot be balanced: then one shard is cut between two sequences.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class CalibrationDescription(ArrayDescription):
         unreadable: by source, how many rows of the candidates' shards could not be read, and the first of them.
     """
 
-    format_version: int = 1
+    format_version: int = 2
     recipe: str
     samples: dict[str, CalibrationSample]
     shards: dict[int, str]

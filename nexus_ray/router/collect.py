@@ -21,6 +21,7 @@ from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.cluster import map_over_pool, set_worker_threads
 from nexus_ray.config import Config
 from nexus_ray.data.vocabulary import tokenizer_digest
+from nexus_ray.errors import ArtefactError, DataError
 from nexus_ray.families import family_of
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import LoadedModel, load_base, load_student, load_tokenizer
@@ -137,7 +138,13 @@ class StatisticsCollector:
         text = self.calibration.sources[unit.source].take(slice(unit.start, unit.stop))
         names = text.places(self.calibration.description.shards)
         exported = ProbabilityRows(unit.export)
-        moments = observe(self.model, text, self.config, names, exported)
+        try:
+            moments = observe(self.model, text, self.config, names, exported)
+        except DataError as error:
+            if self.model.overlay is None:
+                raise
+            hint = "train again with a lower train.optimiser.learning_rate"
+            raise ArtefactError(f"the overlay diverged: the student's {error.message}", hint) from error
         exported.save(self.parts.path(unit))
         moments.save(self.parts.path(unit))
         return {"tokens": moments.tokens, "started": started, "ended": time.time()}

@@ -4,8 +4,8 @@ Instead of the probabilities of every token, O(tokens * layers * experts), only 
 matrix are kept, O(layers * experts^2), and merged without error (Chan, Golub & LeVeque 1983, "Algorithms for
 computing the sample variance", The American Statistician 37(3); Stanford report STAN-CS-79-773, 1979).
 
-Everything is kept twice, for two halves of the text that share no document where there is more than one shard of it
-(`router/calibration.py`), so that the stability of any conclusion can be checked.
+Everything is kept twice, for two halves of the text that share no document, or at most one (`router/halves.py`), so
+that the stability of any conclusion can be checked.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ import shutil
 import pytest
 from rich.console import Console
 
+from nexus_ray.checkpoints.fingerprint import fingerprint
+from nexus_ray.checkpoints.overlay import load_overlay, save_overlay
 from nexus_ray.errors import ArtefactError
 from nexus_ray.evaluation.calibration_drift import drift_table, measure_drift
 from nexus_ray.layout import RunLayout
@@ -79,6 +81,15 @@ def test_another_seed_in_the_configuration_changes_no_text(observed, micro_confi
     before = sha256_file(layout.calibration)
     measure_drift(micro_config(config.run.directory, **{"run.seed": 7}), layout, micro_overlay)
     assert sha256_file(layout.calibration) == before
+
+
+def test_an_overlay_that_diverged_is_named_not_the_base(observed, micro_overlay, tmp_path, micro_model):
+    config, layout = observed(**{"model.dtype": "float32"})
+    description, tensors = load_overlay(micro_overlay, fingerprint(micro_model))
+    broken = {name: tensor * 1e38 if "down_proj" in name else tensor for name, tensor in tensors.items()}
+    save_overlay(tmp_path / "diverged", description, broken)
+    with pytest.raises(ArtefactError, match=r"the overlay diverged: .* of layer \d "):
+        measure_drift(config, layout, tmp_path / "diverged")
 
 
 def test_the_table_has_a_row_a_source_and_survives_an_empty_half(observed, micro_overlay):

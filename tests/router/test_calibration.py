@@ -21,15 +21,13 @@ SHAKESPEARE = Path(__file__).parents[2] / "assets/text/shakespeare.train.jsonl"
 
 
 def write_shakespeare(path: Path, size: int) -> Path:
-    """Whole lines of the play, as many as make about `size` bytes, one with the rest."""
-    lines, left = [], size
-    for line in SHAKESPEARE.read_bytes().splitlines(keepends=True):
-        if len(line) > left:
-            break
-        lines.append(line)
-        left -= len(line)
-    path.write_bytes(b"".join(lines) + b" " * (left - 1) + b"\n")
-    assert path.stat().st_size == size
+    """About `size` bytes of the play, in lines of 80 words, so that every shard holds the start of some."""
+    words = SHAKESPEARE.read_text().split()
+    lines = (json.dumps({"text": " ".join(words[at : at + 80])}) + "\n" for at in range(0, len(words), 80))
+    text = ""
+    while len(text) < size:
+        text += next(lines)
+    path.write_text(text)
     return path
 
 
@@ -135,7 +133,7 @@ def test_many_files_shorter_than_a_sequence_give_the_budget(micro_config, tmp_pa
     directory.mkdir()
     words = (SHAKESPEARE.read_text() + " ").split()
     for number in range(400):
-        (directory / f"{number:03d}.txt").write_text(" ".join(words[20 * number : 20 * number + 20]))
+        (directory / f"{number:03d}.txt").write_text(" ".join(words[8 * number : 8 * number + 8]))
     config = micro_config(tmp_path / "run", **only(f"{directory}/*.txt", 4000))
     play = choose(config).sources["play"]
     assert int(play.num_tokens.sum()) >= 0.95 * 4000

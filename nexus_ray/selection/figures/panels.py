@@ -88,7 +88,7 @@ def colour_bar(
         beyond: the ends of the scale that some values lie outside of; they get an arrow.
     """
     place = {"pad": 0.012, "aspect": 14} if np.ndim(axes) == 0 else {"pad": 0.015, "aspect": 45, "fraction": 0.03}
-    bar = figure.colorbar(image, ax=axes, format=PERCENT if percent else None, extend="neither", **place)
+    bar = figure.colorbar(image, ax=axes, format=PERCENT if percent else None, extend=beyond, **place)
     _quiet(bar, label)
     return bar
 
