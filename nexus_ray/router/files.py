@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from nexus_ray.errors import ArtefactError
 from nexus_ray.storage import atomic_file, read_json, sha256_file, write_json
@@ -39,10 +39,20 @@ class ArrayDescription(BaseModel):
 DescriptionT = TypeVar("DescriptionT", bound=ArrayDescription)
 
 
+def to_bytes(arrays: Arrays) -> bytes:
+    """Named arrays in the safetensors format."""
+    return bytes(save({name: np.ascontiguousarray(values) for name, values in arrays.items()}))
+
+
 def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Write named arrays as safetensors, atomically."""
+    """Write named arrays as safetensors, atomically.
+
+    Raises:
+        StorageError: the file system refused, for example because it is full.
+    """
     with atomic_file(path) as temporary:
-        save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, temporary)
+        # not save_file: on a full disk it raises an error of its own, which says nothing of the file
+        temporary.write_bytes(to_bytes(arrays))
 
 
 def read_arrays(path: Path, what: str = "router statistics") -> Arrays:

@@ -19,10 +19,9 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load as load_arrays
-from safetensors.numpy import save as save_arrays
 
 from nexus_ray.errors import ArtefactError, DataError
-from nexus_ray.router.files import REMAKE, Arrays, read_arrays, write_arrays
+from nexus_ray.router.files import REMAKE, Arrays, read_arrays, to_bytes, write_arrays
 
 HALVES = 2
 _Number = TypeVar("_Number", np.float64, np.int64)
@@ -175,7 +174,7 @@ class RouterMoments:
 
     def to_bytes(self) -> bytes:
         """The fields in the safetensors format, for a message between processes."""
-        return bytes(save_arrays({name: np.ascontiguousarray(values) for name, values in self.arrays().items()}))
+        return to_bytes(self.arrays())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:

@@ -1,12 +1,14 @@
 """Router moments against numpy's two-pass formulas on the whole data."""
 
+import errno
 from functools import reduce
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from nexus_ray.errors import ArtefactError, DataError
+from nexus_ray.errors import ArtefactError, DataError, StorageError
 from nexus_ray.modeling.packed_experts import ExpertNorms
 from nexus_ray.router.accumulate import comoments, moments_of_logits
 from nexus_ray.router.moments import RouterMoments, pack_symmetric, unpack_symmetric
@@ -241,3 +243,15 @@ def test_many_rows_with_a_large_common_mean_keep_their_small_variance():
     reference = (exact - exact.mean(0)).T @ (exact - exact.mean(0))
     np.testing.assert_allclose(mean.numpy(), exact.mean(0), rtol=1e-14)
     np.testing.assert_allclose(m2.numpy(), reference, rtol=0, atol=1e-6 * reference.max())
+
+
+def test_a_full_disk_is_a_storage_error_that_names_the_file(tmp_path, monkeypatch):
+    """The safetensors library's own writer raises an error of its own, which would cross Ray as a traceback."""
+
+    def full(*_arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError, match=r"part\.safetensors"):
+        moments_of(make_logits(2), make_valid(2), np.arange(2)).save(tmp_path / "part.safetensors")
+    assert list(tmp_path.iterdir()) == [], "nothing half-written is left"

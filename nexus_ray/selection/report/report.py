@@ -272,7 +272,6 @@ def _reading(selection: Selection) -> list[str]:
         f"*Null* is what {null} would give: a share that is not above it says nothing, and one layer in twenty is "
         "above the 95 % bound by luck. *Held-out share* scores the experts chosen on one half of the text on the other "
         f"half, so it does not flatter the choice.{rare if by_coverage else ''}",
-        "*Overlap* is between two halves of the same sources. They share no document where a source has more than one "
-        f"shard; a single shard is cut in the middle. A stable choice repeats on other text of this kind{chosen}. It "
-        "does not mean that training from it is better.",
+        "*Overlap* is between two halves of the same sources, which have at most one document in common. A stable "
+        f"choice repeats on other text of this kind{chosen}. It does not mean that training from it is better.",
     ]
