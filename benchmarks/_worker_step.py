@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,9 +29,10 @@ from nexus_ray.conversion.width import random_expert
 from nexus_ray.families import family_of
 from nexus_ray.modeling.loading import LoadedModel, load_student
 from nexus_ray.planning.losses import micro_batches
-from nexus_ray.targets.compression import compress
+from nexus_ray.targets.reading.reader import TargetBatch
+from nexus_ray.targets.teacher import HiddenTargets, OutputTargets, RouterTargets, SampledTargets, TopKTargets
 from nexus_ray.training.loop import adamw
-from nexus_ray.training.objective import MicroBatch, Teacher, combine, term_counts, token_sums
+from nexus_ray.training.objective import MicroBatch, Output, loss_of, shares, term_counts
 
 _ROOT = Path(__file__).parents[1]
 CHECKPOINTS = _ROOT / "build" / "true-shape"
@@ -65,9 +67,9 @@ class WorkerSteps:
         total = 0.0
         for batch in micro_batches(self.config):
             loss = torch.zeros(())
-            for part, logits, router_logits in self._outputs(batch, measure):
+            for part, output in self._outputs(batch, measure):
                 with measure("loss"):
-                    loss = loss + self._loss(part, logits, router_logits)
+                    loss = loss + self._loss(part, output)
             with measure("backward"):
                 loss.backward()
             total += loss.item()
@@ -77,46 +79,65 @@ class WorkerSteps:
             self.optimiser.zero_grad()
         return total, float(norm)
 
-    def _loss(self, part: MicroBatch, logits: Tensor, router_logits: Tensor) -> Tensor:
-        section = self.config.train.sources[part.source]
-        sums = token_sums(part, logits, router_logits, section, self.config.train.router_temperature)
-        return combine(sums, section, self._counts())
+    def _loss(self, part: MicroBatch, output: Output) -> Tensor:
+        weights = shares(self.config.train.sources[part.source], self._counts())
+        return loss_of(part, output, self.config.train, weights)[0]
 
     def _counts(self) -> dict[str, int]:
-        length = self.config.data.sequence_length
-        sections = self.config.train.sources
+        length, sections = self.config.data.sequence_length, self.config.train.sources
+        targets = {name: section.sequences_per_step * (length - 1) for name, section in sections.items()}
         tokens = {name: section.sequences_per_step * length for name, section in sections.items()}
-        return term_counts(sections, tokens, tokens)
+        return term_counts(sections, targets, tokens)
 
-    def _outputs(self, batch: dict[str, int], measure: Measure) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+    def _outputs(self, batch: dict[str, int], measure: Measure) -> Iterator[tuple[MicroBatch, Output]]:
         parts = [self._micro_batch(name, sequences) for name, sequences in batch.items()]
-        ids, valid = (torch.cat([getattr(part, name) for part in parts]) for name in ("input_ids", "valid"))
+        ids, valid = (torch.cat([getattr(part.batch, name) for part in parts]) for name in ("input_ids", "valid"))
         with measure("forward"):
-            logits, router_logits = self.student.forward(ids, valid)
+            hidden, router_logits = self.student.hidden_states(ids, valid)
         sizes = list(batch.values())
-        yield from zip(parts, logits.split(sizes), router_logits.split(sizes), strict=True)
+        for part, of_part, routers in zip(parts, hidden.split(sizes), router_logits.split(sizes), strict=True):
+            yield part, Output(of_part, routers, self.student.head)
 
     def _micro_batch(self, name: str, sequences: int) -> MicroBatch:
         shape = (sequences, self.config.data.sequence_length)
-        vocabulary = self.student.config["vocab_size"]
-        ids = torch.randint(0, vocabulary, shape, generator=self._generator)
-        valid = torch.ones(shape, dtype=torch.bool)
-        return MicroBatch(name, ids, valid, self._teacher(name, ids, valid))
+        ids = torch.randint(0, len(self.student.head), shape, generator=self._generator)
+        mask = torch.ones(shape, dtype=torch.bool)
+        mask[:, 0] = False
+        batch = TargetBatch(ids, torch.full(shape[:1], shape[1]), mask)
+        return MicroBatch(name, replace(batch, **self._teacher(name, batch)))
 
     @torch.no_grad()
-    def _teacher(self, name: str, ids: Tensor, valid: Tensor) -> Teacher:
+    def _teacher(self, name: str, batch: TargetBatch) -> dict[str, OutputTargets | RouterTargets | None]:
+        """Targets of each kind that the source has a loss for."""
         section = self.config.train.sources[name]
         if not (section.output_kl or section.router_kl):
-            return Teacher()
+            return {}
+        layers = tuple(range(self.student.dimensions.layers))
         if self.config.train.mode == "online":
             with self.student.base():
-                logits, router_logits = self.student.forward(ids, valid)
-            return Teacher(logits=logits, router_logits=router_logits)
-        kept = self.config.targets.top_k
-        top = compress(torch.randn(*ids.shape, 2 * kept, generator=self._generator), kept)
-        dimensions = self.student.dimensions
-        routers = torch.randn(*ids.shape, dimensions.layers, dimensions.experts, generator=self._generator)
-        return Teacher(top=top if section.output_kl else None, router_logits=routers if section.router_kl else None)
+                hidden, routers = self.student.hidden_states(batch.input_ids, batch.valid)
+            output: OutputTargets = HiddenTargets(hidden[:, :-1].flatten(0, 1))
+            routers = routers.flatten(0, 1)
+        else:
+            output = self._stored(int(batch.loss_mask.sum()))
+            shape = (batch.input_ids.numel(), len(layers), self.student.dimensions.experts)
+            routers = torch.randn(*shape, generator=self._generator)
+        return {
+            "output": output if section.output_kl else None,
+            "router": RouterTargets(layers, 1, logits=routers) if section.router_kl else None,
+        }
+
+    def _stored(self, positions: int) -> OutputTargets:
+        """Random targets of the run's mode."""
+        targets = self.config.targets
+        if targets.mode == "hidden":
+            return HiddenTargets(torch.randn(positions, self.student.head.shape[1], generator=self._generator))
+        if targets.mode == "sampled":
+            ids = torch.randint(0, len(self.student.head), (positions, targets.draws), generator=self._generator)
+            return SampledTargets(ids, torch.rand(positions, generator=self._generator))
+        kept = torch.randn(positions, 2 * targets.top_k, generator=self._generator).topk(targets.top_k + 1)
+        log_probs = kept.values.log_softmax(-1)
+        return TopKTargets(kept.indices[:, :-1], log_probs[:, :-1], log_probs[:, -1])
 
 
 def true_shape_config(directory: Path, shape: str, layers: int | None, overrides: list[str]) -> Config:

@@ -57,6 +57,7 @@ def map_over_pool(
     resources: ResourcesSection,
     description: str,
     amount: tuple[str, int] | None = None,
+    expected: str = "",
 ) -> Iterator[dict[str, Any]]:
     """Run `worker(**arguments)(item)` for each item on a pool of actors; yield results in completion order.
 
@@ -67,6 +68,7 @@ def map_over_pool(
         resources: how many actors and what each of them gets.
         description: label of the progress bar.
         amount: what progress counts, as a column of the returned rows and its sum over all of them; default: items.
+        expected: column of the returned rows with what was expected of an item, where the sum is of expectations.
     """
     if not items:
         return
@@ -88,12 +90,34 @@ def map_over_pool(
         **actor_options(resources),
     )
     unit, total = amount or ("", len(items))
-    with progress(description, total, unit) as advance:
+    forecast = Forecast(total)
+    with progress(description, total, unit, about=bool(expected)) as advance:
         for row in _surviving(results.iter_rows(), description):
             if row.get("error"):
                 raise error_from_record(row)
-            advance(int(row[unit]) if unit else 1)
+            steps = int(row[unit]) if unit else 1
+            advance(steps, forecast.after(steps, int(row[expected])) if expected else None)
             yield row
+
+
+class Forecast:
+    """A total that is a sum of expectations until the last one is met: it follows what the first ones turned out to be.
+
+    Args:
+        expected: of all items together.
+    """
+
+    def __init__(self, expected: int) -> None:
+        self._left = expected
+        self._met = self._done = 0
+
+    def after(self, steps: int, expected: int) -> int:
+        """The total to expect after an item of `steps` steps, of which `expected` were expected; exact at the end."""
+        self._done += steps
+        self._met += expected
+        self._left -= expected
+        ratio = self._done / self._met if self._done else 1.0
+        return self._done + round(self._left * ratio)
 
 
 def _surviving(rows: Iterable[dict[str, Any]], description: str) -> Iterator[dict[str, Any]]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
@@ -44,34 +44,45 @@ def setup_logging(*, verbose: bool = False, quiet: bool = False) -> None:
     package.propagate = False
 
 
+class Advance(Protocol):
+    """What takes progress further: by so many steps, of a total that has become another where it is given."""
+
+    def __call__(self, steps: int, total: int | None = None) -> None:
+        """Take `steps` steps."""
+        ...
+
+
 @contextmanager
-def progress(description: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
+def progress(description: str, total: int, unit: str = "", *, about: bool = False) -> Iterator[Advance]:
     """Yield `advance(steps)`; draw a bar on a terminal, log a line now and then elsewhere.
 
     Args:
         description: label.
         total: steps until the end.
         unit: what a step is, e.g. "tokens"; where there is one, the speed is shown too.
+        about: the total is an estimate until the end.
     """
     if console.is_terminal and logger.isEnabledFor(logging.INFO):
         started = time.monotonic()
         with _bar(unit) as bar:
-            task = bar.add_task(description, total=total, speed="")
+            task = bar.add_task(description, total=total, speed="", of=_of(0, total, about))
 
-            def advance(steps: int) -> None:
-                bar.advance(task, steps)
-                bar.update(task, speed=_speed(bar.tasks[0].completed, started, unit))
+            def advance(steps: int, total: int | None = None) -> None:
+                bar.update(task, advance=steps, total=total)
+                now = bar.tasks[0]
+                of = _of(now.completed, now.total or 0, about)
+                bar.update(task, speed=_speed(now.completed, started, unit), of=of)
 
             yield advance
     else:
-        yield _plain_progress(description, total, unit)
+        yield _plain_progress(description, total, unit, about)
 
 
 def _bar(unit: str) -> Progress:
     return Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("[progress.download]{task.fields[of]}"),
         *([TextColumn("{task.fields[speed]}")] if unit else []),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
@@ -79,23 +90,30 @@ def _bar(unit: str) -> Progress:
     )
 
 
+def _of(done: float, total: float, about: bool) -> str:
+    """How much is done of how much; in the end a total is no estimate."""
+    return f"{done:,.0f} of about {total:,.0f}" if about and done < total else f"{done:,.0f}/{total:,.0f}"
+
+
 def _speed(done: float, started: float, unit: str) -> str:
     return f"{done / max(time.monotonic() - started, 1e-9):,.0f} {unit}/s" if unit else ""
 
 
-def _plain_progress(description: str, total: int, unit: str) -> Callable[[int], None]:
-    done = 0
+def _plain_progress(description: str, expected: int, unit: str, about: bool) -> Advance:
+    done, whole = 0, expected
     started = last = time.monotonic()
     end = f" {unit}, " if unit else ", "
 
-    def advance(steps: int) -> None:
-        nonlocal done, last
+    def advance(steps: int, total: int | None = None) -> None:
+        nonlocal done, whole, last
         done += steps
+        whole = whole if total is None else total
         now = time.monotonic()
-        if done >= total or now - last >= _PLAIN_INTERVAL_SECONDS:
+        if done >= whole or now - last >= _PLAIN_INTERVAL_SECONDS:
             last = now
-            left = (now - started) / max(done, 1) * (total - done)
+            left = (now - started) / max(done, 1) * (whole - done)
             speed = f"{_speed(done, started, unit)}, " if unit else ""
-            logger.info("%s: %s of %s%s%s%.0f s left", description, f"{done:,}", f"{total:,}", end, speed, left)
+            of = f"about {whole:,}" if about and done < whole else f"{whole:,}"
+            logger.info("%s: %s of %s%s%s%.0f s left", description, f"{done:,}", of, end, speed, left)
 
     return advance

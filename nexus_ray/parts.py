@@ -69,11 +69,6 @@ class Parts:
             logger.info("continuing: %d of %d shards are done", len(work) - len(missing), len(work))
         return missing
 
-    def finish(self) -> None:
-        """Remove the marker and leftovers of killed workers; the parts stay, as the files of the artefact."""
-        (self.directory / _RECIPE).unlink(missing_ok=True)
-        self._remove_temporaries()
-
     def discard(self) -> None:
         """Remove the directory and everything in it.
 

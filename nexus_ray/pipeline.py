@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -116,10 +116,11 @@ def run_single_stage(config: Config, name: str, *, force: bool = False) -> None:
 
 
 def forget(run: Run, name: str) -> None:
-    """Let a stage start over: drop its record and what it keeps for continuing, but not its artefacts."""
+    """Let a stage start over: drop its record and what it keeps for continuing or would reuse, no other artefact."""
     _record_path(run.layout, name).unlink(missing_ok=True)
     _started_path(run.layout, name).unlink(missing_ok=True)
-    _remove_state(run, name)
+    _remove(BY_NAME[name].state(run.layout))
+    _remove(BY_NAME[name].reused(run.layout))
 
 
 @contextmanager
@@ -145,7 +146,7 @@ def _run_stage(run: Run, name: str) -> None:
     recipe = run.recipe(name)
     started = _started_path(run.layout, name)
     if not started.exists() or read_json(started, what="stage marker", hint="delete it")["recipe"] != recipe:
-        _remove_state(run, name)
+        _remove(BY_NAME[name].state(run.layout))
         write_json(started, {"recipe": recipe})
     _record_path(run.layout, name).unlink(missing_ok=True)  # of outputs that are about to change
     logger.info("%s: started", name)
@@ -184,8 +185,8 @@ def _started_path(layout: RunLayout, name: str) -> Path:
     return layout.stages / f"{name}.started.json"
 
 
-def _remove_state(run: Run, name: str) -> None:
-    for path in BY_NAME[name].state(run.layout):
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         if path.is_dir():
             shutil.rmtree(path)
         else:

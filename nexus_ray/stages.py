@@ -29,6 +29,7 @@ class Stage:
         sections: configuration that decides its result.
         outputs: files and directories that it makes.
         state: what it keeps for continuing; removed when the recipe has changed.
+        reused: artefacts whose parts it takes up again, whatever the recipe; removed when it is told to start over.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Stage:
     sections: Callable[[Run], dict[str, Any]]
     outputs: Callable[[RunLayout], tuple[Path, ...]]
     state: Callable[[RunLayout], tuple[Path, ...]] = lambda layout: ()
+    reused: Callable[[RunLayout], tuple[Path, ...]] = lambda layout: ()
 
 
 def _dump(section: Section, *drop: str) -> dict[str, Any]:
@@ -53,6 +55,31 @@ def _data(run: Run, sources: Collection[str] | None = None) -> dict[str, Any]:
 def _base(run: Run) -> dict[str, Any]:
     """The base, its tokenizer and how it computes; its place is not part of the recipe."""
     return {"base": run.fingerprint, "tokenizer": run.tokenizer, "compute": run.config.compute}
+
+
+_FIELDS_OF_MODES = {"topk": {"top_k", "value_bits"}, "sampled": {"draws"}, "hidden": {"hidden_dtype"}}
+
+
+def _targets(run: Run) -> dict[str, Any]:
+    """What is stored for each source, and the settings that decide it: those of other modes do not."""
+    section, train = run.config.targets, run.config.train
+    offline = train.mode == "offline"
+    sources = [
+        [name, offline and source.output_kl > 0, offline and source.router_kl > 0]
+        for name, source in train.sources.items()
+    ]
+    recipe: dict[str, Any] = {"sources": sources, "max_tokens": section.max_tokens}
+    output, router = any(source[1] for source in sources), any(source[2] for source in sources)
+    if output or router:
+        recipe["batch_sequences"] = section.batch_sequences
+    if output:
+        recipe |= section.model_dump(mode="json", include={"mode", *_FIELDS_OF_MODES[section.mode]})
+        recipe["temperature"] = None if section.mode == "hidden" else train.output_temperature
+        recipe["seed"] = run.config.run.seed if section.mode == "sampled" else None
+    if router:
+        recipe |= section.model_dump(mode="json", include={"router", "router_layers", "router_every"})
+        recipe["router_temperature"] = train.router_temperature if section.router == "selected" else None
+    return recipe
 
 
 def _collect(run: Run, recipe: str) -> None:
@@ -82,9 +109,9 @@ def _convert(run: Run, recipe: str) -> None:
 
 
 def _precompute(run: Run, recipe: str) -> None:
-    from nexus_ray.targets.precompute import precompute_run
+    from nexus_ray.targets.writing.precompute import precompute_run
 
-    precompute_run(run.config, run.layout, recipe)
+    precompute_run(run.config, run.layout)
 
 
 def _train(run: Run, recipe: str) -> None:
@@ -140,17 +167,9 @@ ALL = (
         "precompute",
         _precompute,
         (),
-        lambda run: {
-            **_base(run),
-            "data": _data(run),
-            "targets": _dump(run.config.targets),
-            "mode": run.config.train.mode,
-            "teacher": {
-                name: [bool(section.output_kl), bool(section.router_kl)]
-                for name, section in run.config.train.sources.items()
-            },
-        },
+        lambda run: {**_base(run), "data": _data(run, run.config.train.sources), "targets": _targets(run)},
         lambda layout: (layout.targets,),
+        reused=lambda layout: (layout.targets,),
     ),
     Stage(
         "train",

@@ -8,7 +8,6 @@ import yaml
 
 from nexus_ray.cli import run_command
 from nexus_ray.config import Config, save_config
-from nexus_ray.targets.format import SCHEMA, Manifest, TargetFile, write_rows
 
 
 @pytest.fixture
@@ -112,27 +111,6 @@ def test_keyboard_interrupt_is_130(config_file: Path, monkeypatch, capsys: pytes
     monkeypatch.setattr("nexus_ray.pipeline.run_pipeline", interrupt)
     assert run_command(["run", str(config_file)]) == 130
     assert "continues where this one stopped" in _error(capsys)
-
-
-def test_inspect_shows_a_target_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"source": ["play"], "input_ids": [[1, 2, 3]], "num_tokens": [3]}
-    columns = {name: row.get(name, [[]]) for name in SCHEMA.names}
-    write_rows(tmp_path / "a.parquet", columns)
-    size = (tmp_path / "a.parquet").stat().st_size
-    file = TargetFile(name="a.parquet", source="play", sequences=1, tokens=3, bytes=size, sha256="0" * 64)
-    Manifest(
-        base_fingerprint=None,
-        tokenizer_sha256="",
-        vocabulary=9,
-        sequence_length=3,
-        top_k=0,
-        teacher_sources=(),
-        files=(file,),
-    ).save(tmp_path)
-    assert run_command(["targets", "inspect", str(tmp_path)]) == 0
-    assert "play" in capsys.readouterr().out
-    assert run_command(["targets", "inspect", str(tmp_path), "--verify"]) == 1
-    assert "does not match its checksum" in _error(capsys)
 
 
 def test_plot_of_a_directory_without_metrics_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,9 +34,15 @@ def test_what_a_killed_worker_left_is_removed(tmp_path):
     parts = begun(tmp_path)
     leftover = parts.directory / ".shard-00001.json.0123abcd.partial"
     leftover.write_text("half")
+    write_text(parts.path(SHARDS[0]), "{}")
     begun(tmp_path)
     assert not leftover.exists()
-    leftover.write_text("half")
+    assert parts.path(SHARDS[0]).exists()
+
+
+def test_nothing_is_left_of_parts_that_are_discarded(tmp_path):
+    parts = begun(tmp_path)
     write_text(parts.path(SHARDS[0]), "{}")
-    parts.finish()
-    assert [path.name for path in parts.directory.iterdir()] == ["shard-00000.json"]
+    parts.discard()
+    assert list(tmp_path.iterdir()) == []
+    parts.discard()

@@ -49,14 +49,20 @@ def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @targets_app.command(name="inspect")
 def inspect_targets(
-    path: Annotated[Path, typer.Argument(help="directory of a target set, e.g. runs/demo/targets")],
-    verify: Annotated[bool, typer.Option("--verify", help="compare every file with its checksum")] = False,
+    path: Annotated[str, typer.Argument(help="target set, e.g. runs/demo/targets; a directory or a URI")],
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="compare every byte with its checksums")] = True,
+    sequence: Annotated[int | None, typer.Option(metavar="N", help="decode this one, from 0")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="tokenizer, where it has moved")] = None,
 ) -> None:
-    """Show what a target set holds."""
-    from nexus_ray.targets.inspect import describe
+    """Show what a target set holds, check every checksum and decode one sequence."""
+    from nexus_ray.targets.inspection.inspect_text import inspect
 
     setup_logging()
-    output.print(describe(path, verify=verify))
+    for part in inspect(path, verify=verify, sequence=sequence, tokenizer=tokenizer):
+        if isinstance(part, str):
+            output.print(part, highlight=False, markup=False, soft_wrap=True)
+        else:
+            output.print(part)
 
 
 @checkpoint_app.command(name="inspect")

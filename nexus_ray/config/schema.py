@@ -66,6 +66,24 @@ class Config(Section):
         return {name: source.role for name, source in self.data.sources.items()}
 
     @model_validator(mode="after")
+    def _targets_hold_what_losses_need(self) -> Self:
+        train, targets = self.train, self.targets
+        if train.mode == "online":
+            return self
+        for name, section in train.sources.items():
+            if section.output_kl and targets.mode == "none":
+                raise ValueError(
+                    f"train.sources.{name}.output_kl needs targets: set targets.mode, or train.mode=online"
+                )
+            if section.router_kl and targets.router == "none":
+                raise ValueError(
+                    f"train.sources.{name}.router_kl needs targets: set targets.router, or train.mode=online"
+                )
+            if section.output_kl and targets.mode == "sampled" and train.output_divergence != "forward_kl":
+                raise ValueError(f"train.output_divergence={train.output_divergence} needs targets.mode topk or hidden")
+        return self
+
+    @model_validator(mode="after")
     def _sources_exist(self) -> Self:
         _require_known(self.train.sources, self.data.sources, "train.sources")
         _require_known(self.select.sources or (), self.data.sources, "select.sources")

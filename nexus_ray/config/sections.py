@@ -192,10 +192,39 @@ class ConvertSection(Section):
 
 
 class TargetsSection(Section):
-    """Teacher targets: packed sequences with the base model's top-K log-probabilities."""
+    """Teacher targets: packed sequences with what the base model says about them, for offline training."""
 
-    top_k: int = Field(64, ge=1, description="log-probabilities kept per token; the rest is one tail mass")
+    mode: Literal["topk", "sampled", "hidden", "none"] = Field(
+        "topk",
+        description="of next-token distributions: topk: the top_k most likely tokens and the mass of the rest; "
+        "sampled: draws, unbiased, smallest; hidden: final hidden states, exact, largest; none: tokens only",
+    )
+    top_k: int = Field(64, ge=1, description="topk: tokens kept at a position; the rest is one tail mass")
+    value_bits: int = Field(4, ge=2, le=16, description="topk: bits of a log-probability")
+    draws: int = Field(12, ge=1, le=65_535, description="sampled: draws at a position")
+    hidden_dtype: Literal["bfloat16", "float8"] = Field(
+        "bfloat16", description="hidden: stored type; float8 is e4m3 with a scale a position"
+    )
+    router: Literal["none", "selected", "logits"] = Field(
+        "logits",
+        description="of routers, where a source has router_kl: logits: all, in 8 bits; selected: the chosen experts "
+        "and the mass of the rest, smaller",
+    )
+    router_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, min_length=1, description="layers whose routers are stored, from 0; default: all"
+    )
+    router_every: int = Field(1, ge=1, description="store routers of every n-th position only")
+    max_tokens: int | None = Field(
+        None, ge=1, description="tokens wanted of each source, in whole shards; default: all of its text"
+    )
     batch_sequences: int = Field(8, ge=1, description="sequences of one forward pass")
+
+    @field_validator("router_layers")
+    @classmethod
+    def _layers_once(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers is not None and list(layers) != sorted(set(layers)):
+            raise ValueError("list every layer once, in ascending order")
+        return layers
 
 
 class TrainSourceSection(Section):
@@ -244,7 +273,18 @@ class TrainSection(Section):
     sources: dict[str, TrainSourceSection] = Field(description="what each source contributes", min_length=1)
     micro_batch_sequences: int = Field(8, ge=1, description="sequences of one forward pass on one worker")
     optimiser: OptimiserSection = OptimiserSection()
-    router_temperature: float = Field(1.0, gt=0, description="temperature of the router KL")
+    output_temperature: float = Field(
+        1.0,
+        gt=0,
+        description="temperature of output_kl, of teacher and student; topk and sampled targets are made for it",
+    )
+    output_divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl", description="what output_kl measures; sampled targets know forward_kl only"
+    )
+    jsd_beta: float = Field(0.5, gt=0, lt=1, description="weight of the teacher in the mixture that jsd compares with")
+    router_temperature: float = Field(
+        1.0, gt=0, description="temperature of the router KL; selected router targets are made for it"
+    )
     validation_sequences: int = Field(
         16, ge=1, description="sequences of each source kept out of training to choose the best checkpoint"
     )

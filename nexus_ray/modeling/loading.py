@@ -56,20 +56,33 @@ class LoadedModel:
         """Within the block the model computes what the base does."""
         return self.shared_experts.disabled() if self.shared_experts is not None else nullcontext()
 
-    def forward(self, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the model and keep its router logits, with gradients where parameters have them.
+    @property
+    def head(self) -> Tensor:
+        """[vocabulary, hidden] weight of the LM head; logits are hidden states times its transpose."""
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, torch.nn.Linear)
+        return head.weight
+
+    def hidden_states(self, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the decoder layers and keep their router logits, with gradients where parameters have them.
 
         Args:
             input_ids: [sequences, length] token ids on `device`.
             valid: [sequences, length] false on padding, which must be at the end.
 
         Returns:
-            logits [sequences, length, vocabulary] and router logits [sequences, length, layers, experts].
+            final hidden states [sequences, length, hidden] after the last norm, which `head` makes logits from, and
+            router logits [sequences, length, layers, experts].
         """
         with self.recording_routers() as records:
-            output = self.model(input_ids=input_ids, attention_mask=valid.long(), use_cache=False)
+            output = self.model.base_model(input_ids=input_ids, attention_mask=valid.long(), use_cache=False)
         layers = torch.stack(records, dim=1)
-        return output.logits, layers.view(*input_ids.shape, *layers.shape[1:])
+        return output.last_hidden_state, layers.view(*input_ids.shape, *layers.shape[1:])
+
+    def forward(self, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """`hidden_states`, and the LM head on all of them: logits [sequences, length, vocabulary] in one tensor."""
+        hidden, router_logits = self.hidden_states(input_ids, valid)
+        return self.model.get_output_embeddings()(hidden), router_logits
 
     @torch.no_grad()
     def forward_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -83,11 +96,8 @@ class LoadedModel:
     def route_batch(self, batch: Batch) -> Tensor:
         """Router logits [sequences, length, layers, experts] of a packed batch; the LM head is not computed."""
         input_ids = torch.from_numpy(batch.input_ids).long().to(self.device)
-        valid = torch.from_numpy(batch.valid).long().to(self.device)
-        with self.recording_routers() as records:
-            self.model.base_model(input_ids=input_ids, attention_mask=valid, use_cache=False)
-        layers = torch.stack(records, dim=1)
-        return layers.view(*input_ids.shape, *layers.shape[1:])
+        valid = torch.from_numpy(batch.valid).to(self.device)
+        return self.hidden_states(input_ids, valid)[1]
 
     @contextmanager
     def recording_routers(self) -> Iterator[list[Tensor]]:

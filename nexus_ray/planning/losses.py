@@ -1,102 +1,116 @@
-"""Bytes of logits and loss buffers: the part of training that grows with the vocabulary.
+"""Micro-batches of training, and the bytes that its losses take beside the model's layers.
 
-The counts follow `training/losses.py`. One unit is a float32 value for each token and vocabulary entry, [n, V];
-the logits themselves are in the compute type and stay until the micro-batch's backward pass is over.
+Logits are formed for a few positions at a time (`training/chunked.py`), so nothing grows with both the batch and the
+vocabulary. One unit is a chunk's float32 logits, [chunk, V].
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
+
+import numpy as np
 
 from nexus_ray.config import Config, TrainSourceSection
+from nexus_ray.modeling.head import chunk_positions
+from nexus_ray.planning.sizes import ModelSizes
+from nexus_ray.planning.target_sizes import SourceTargets
+from nexus_ray.targets.encoding.encodings import HiddenEncoding
+from nexus_ray.targets.encoding.routers import RouterEncoding
+from nexus_ray.training.order import worker_groups
 
 _FLOAT32 = 4
+_DENSE_UNITS = {"forward_kl": 3, "reverse_kl": 2, "jsd": 4}  # float32 [chunk, V] besides the logits
+_ROUTER_SAVED, _ROUTER_WORKING = 2, 7  # float32 [positions, L', E] of the router loss: kept for backward, and in all
 
 
 @dataclass(frozen=True)
 class LossBuffers:
-    """Bytes of a micro-batch besides its logits.
+    """Bytes of a micro-batch's losses.
 
     Attributes:
-        saved: kept until backward.
-        forward: further bytes at the worst moment of the forward pass.
-        backward: further bytes at the worst moment of the backward pass.
-        block: of the largest single buffer.
+        kept: until its backward pass is over: final hidden states, their gradients, what an online teacher said.
+        chunk: float32 buffers over the vocabulary, of one chunk.
+        block: of the largest single one of them.
+        working: copies of hidden states, and router probabilities.
     """
 
-    saved: int
-    forward: int
-    backward: int
+    kept: int
+    chunk: int
     block: int
+    working: int
 
 
 def micro_batches(config: Config) -> list[dict[str, int]]:
     """Sequences by source of each micro-batch of the first worker in one step, in order."""
-    names = [name for name, section in config.train.sources.items() for _ in range(section.sequences_per_step)]
-    mine = names[:: config.resources.workers]
-    size = config.train.micro_batch_sequences
-    batches = [mine[start : start + size] for start in range(0, len(mine), size)]
-    return [{name: batch.count(name) for name in dict.fromkeys(batch)} for batch in batches]
-
-
-def worker_steps(config: Config) -> int:
-    """Micro-batches of the worker that has most."""
-    sequences = sum(section.sequences_per_step for section in config.train.sources.values())
-    return ceil(ceil(sequences / config.resources.workers) / config.train.micro_batch_sequences)
-
-
-def source_units(section: TrainSourceSection, *, online: bool, cast: bool) -> tuple[int, int, int]:
-    """(saved, forward, backward) units of one source's losses.
-
-    Cross-entropy keeps log-probabilities and, while it runs, a float32 copy of the logits; its backward pass holds
-    the gradients of log-probabilities and of logits. The top-K divergence is the same, but copies only logits that
-    are not float32 (`cast`). The divergence from an online teacher keeps the student's log-probabilities and the
-    teacher's probabilities, and forms the teacher's log-probabilities, their difference and its product.
-    """
-    saved = most = backward = 0
-    if section.cross_entropy:
-        saved, most, backward = 1, 2, 2
-    if section.output_kl:
-        kept, working = (2, 3) if online else (1, int(cast))
-        saved += kept
-        most = max(most, saved + working)
-        backward = 2
-    return saved, most - saved, backward
+    step = {name: np.arange(section.sequences_per_step) for name, section in config.train.sources.items()}
+    groups = worker_groups(step, 0, config.resources.workers, config.train.micro_batch_sequences)
+    return [{name: len(sequences) for name, sequences in group} for group in groups]
 
 
 def loss_buffers(
-    batch: Mapping[str, int], config: Config, *, vocabulary: int, itemsize: int, length: int
+    batch: Mapping[str, int],
+    config: Config,
+    sizes: ModelSizes,
+    targets: Mapping[str, SourceTargets],
+    itemsize: int,
+    *,
+    validating: bool = False,
 ) -> LossBuffers:
-    """Loss buffers of a micro-batch of `batch` sequences by source."""
-    unit = vocabulary * length * _FLOAT32
-    online = config.train.mode == "online"
-    saved = forward = backward = 0
+    """Loss buffers of a micro-batch of `batch` sequences by source, whose parts are computed one after the other.
+
+    Args:
+        batch: sequences of each source.
+        config: the run.
+        sizes: of the model.
+        targets: of its sources.
+        itemsize: bytes of the compute type.
+        validating: without gradients, and with the cross-entropy of every source.
+    """
+    length, online = config.data.sequence_length, config.train.mode == "online"
+    state = sizes.dimensions.hidden_size * itemsize
+    kept = sum(batch.values()) * length * state
+    chunk = block = working = 0
     for name, sequences in batch.items():
-        section = config.train.sources[name]
-        units = source_units(section, online=online, cast=itemsize != _FLOAT32)
-        saved += units[0] * sequences * unit
-        forward = max(forward, units[1] * sequences * unit)
-        both = bool(section.cross_entropy and section.output_kl)  # the first one's gradient waits for the second's
-        first = both * sequences * length * vocabulary * itemsize
-        backward = max(backward, units[2] * sequences * unit + first)
-    gradient = sum(batch.values()) * length * vocabulary * itemsize
-    return LossBuffers(saved, forward, max(backward, gradient), max(batch.values()) * unit)
+        section, positions = config.train.sources[name], sequences * (length - 1)
+        next_token = bool(section.cross_entropy or section.output_kl)
+        if next_token and not validating:
+            kept += positions * state
+        if online:
+            kept += bool(section.output_kl) * positions * state
+        unit = min(chunk_positions(sizes.vocabulary, config.compute_device), positions) * sizes.vocabulary * _FLOAT32
+        units = chunk_units(config, section, targets[name], validating=validating)
+        chunk, block = max(chunk, units * unit), max(block, unit)
+        router = _router_values(section, sizes, targets[name], sequences * length, online=online) * _FLOAT32
+        kept += router * (online + _ROUTER_SAVED * (not validating))
+        working = max(working, positions * state, (_ROUTER_WORKING - _ROUTER_SAVED * (not validating)) * router)
+    return LossBuffers(kept, chunk, block, working)
 
 
-def validation_units(config: Config, *, cast: bool) -> int:
-    """Units of the source whose losses take most in validation, which also forms each source's cross-entropy."""
-    online = config.train.mode == "online"
-    sections = config.train.sources.values()
-    needs = [source_units(section, online=online, cast=cast) for section in sections]
-    return max(2, *(saved + forward for saved, forward, _ in needs))
+def chunk_units(
+    config: Config, section: TrainSourceSection, targets: SourceTargets, *, validating: bool = False
+) -> int:
+    """Buffers of the size of a chunk's logits, the logits among them, at the worst moment of a source's losses.
+
+    Cross-entropy and a divergence over kept or drawn tokens hold a gradient each. A dense divergence, from hidden
+    states that are stored or the online teacher's, holds both log-probabilities and what its form needs besides. A
+    source without next-token losses has none.
+    """
+    cross_entropy = bool(section.cross_entropy) or validating
+    if not section.output_kl:
+        return 2 * cross_entropy
+    dense = config.train.mode == "online" or isinstance(targets.output, HiddenEncoding)
+    return 1 + cross_entropy + (_DENSE_UNITS[config.train.output_divergence] if dense else 1)
 
 
-def online_teacher(batch: Mapping[str, int], config: Config, *, vocabulary: int, itemsize: int, length: int) -> int:
-    """Bytes of the teacher's logits that an online micro-batch keeps."""
-    if config.train.mode != "online":
+def _router_values(
+    section: TrainSourceSection, sizes: ModelSizes, targets: SourceTargets, tokens: int, *, online: bool
+) -> int:
+    """Router logits that the loss compares, [positions, L', E]."""
+    if not section.router_kl:
         return 0
-    sections = config.train.sources
-    sequences = sum(count for name, count in batch.items() if sections[name].output_kl or sections[name].router_kl)
-    return sequences * length * vocabulary * itemsize
+    experts = sizes.dimensions.experts
+    router: RouterEncoding | None = targets.router
+    if online or router is None:
+        return tokens * sizes.dimensions.layers * experts
+    return tokens // targets.length * router.positions(targets.length) * len(router.layers) * experts

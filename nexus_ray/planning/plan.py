@@ -1,56 +1,25 @@
 """The plan of a run: what every stage needs beside what this machine has, a verdict, and what to change.
 
-It reads `config.json`, file headers, file sizes and a small sample of the text; no weights, no model, no Ray.
+It reads `config.json`, file headers, file sizes and a small sample of the text, and times a few matrix products; no
+weights, no model, no Ray.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from math import ceil
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from nexus_ray.config import Config
 from nexus_ray.planning.machine import Machine, this_machine
-from nexus_ray.planning.needs import GIB, MIB, Part, Phase, StageNeeds
+from nexus_ray.planning.needs import Part
 from nexus_ray.planning.sizes import ModelSizes, read_sizes
 from nexus_ray.planning.stages import stage_needs
 from nexus_ray.planning.storage import storage_parts
-from nexus_ray.planning.text import SourceText, measure_text
+from nexus_ray.planning.target_sizes import SourceTargets
+from nexus_ray.planning.teacher_time import PassTime, pass_times
+from nexus_ray.planning.text import measure_text
+from nexus_ray.planning.verdicts import StageVerdict, judge, with_change
 from nexus_ray.planning.worker import Worker
-
-# Anonymous memory of the driver, Ray's controllers and daemons, measured beside the demo's workers.
-NODE_PROCESSES = 1000 * MIB
-_USABLE = 0.95  # of a node's memory: above it Ray kills workers (RAY_memory_usage_threshold)
-_SHORTEST_SEQUENCE = 128
-_BATCH_FIELDS = {
-    "collect": ("collect", "batch_sequences"),
-    "precompute": ("targets", "batch_sequences"),
-    "train": ("train", "micro_batch_sequences"),
-    "evaluate": ("evaluate", "batch_sequences"),
-    "serve": ("evaluate", "batch_sequences"),
-}
-
-
-@dataclass(frozen=True)
-class StageVerdict:
-    """A stage on this machine.
-
-    Attributes:
-        needs: what it needs.
-        peak: what one device (or the host, on a CPU) of one worker holds at its peak, and when.
-        node: anonymous host memory of all its workers, the driver and Ray, if they are all on this machine.
-        fits: whether it does.
-        problem: what is missing, or what will be slow; empty when nothing is.
-        change: settings that would make it fit, as overrides; empty when it fits or none was found.
-    """
-
-    needs: StageNeeds
-    peak: Phase
-    node: int
-    fits: bool
-    problem: str = ""
-    change: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +27,8 @@ class SourceTokens:
     """Tokens of one trained source.
 
     Attributes:
-        available: estimate of its training text; None when its files are missing.
+        available: estimate of its training text, as far as `targets.max_tokens` wants it; None when its files are
+            missing.
         trained: tokens that training reads.
     """
 
@@ -79,7 +49,9 @@ class Plan:
     machine: Machine
     stages: tuple[StageVerdict, ...]
     storage: tuple[Part, ...]
+    targets: dict[str, SourceTargets]
     tokens: dict[str, SourceTokens]
+    times: tuple[PassTime, ...]
 
     @property
     def storage_bytes(self) -> int:
@@ -103,9 +75,11 @@ class Plan:
             "parameters": self.sizes.parameters,
             "checkpoint_bytes": self.sizes.stored_bytes,
             "machine": asdict(self.machine),
-            "stages": {stage.needs.stage: _stage_as_dict(stage) for stage in self.stages},
+            "stages": {stage.needs.stage: stage.as_dict() for stage in self.stages},
             "storage": {part.name: part.size for part in self.storage} | {"total": self.storage_bytes},
+            "targets": {name: _targets_as_dict(value) for name, value in self.targets.items()},
             "tokens": {name: asdict(value) | {"epochs": value.epochs} for name, value in self.tokens.items()},
+            "base_passes": {each.stage: asdict(each) for each in self.times},
         }
 
 
@@ -114,136 +88,35 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
 
     Raises:
         ModelError: the base model is missing, damaged or of an unsupported family.
+        ConfigError: the settings of targets do not fit the model.
     """
     machine = machine or this_machine(config.run.directory)
     sizes = read_sizes(config.model.path)
     text = measure_text(config)
-    worker = Worker.of(config, sizes)
+    worker = Worker.of(config, sizes, text)
     needs = stage_needs(config, sizes, text)
-    stages = tuple(_with_change(judge(stage, machine), config, sizes, text, machine) for stage in needs)
-    storage = storage_parts(config, sizes, worker.overlay, text)
-    return Plan(sizes, machine, stages, storage, _tokens(config, text))
+    stages = tuple(with_change(judge(stage, machine), config, sizes, text, machine) for stage in needs)
+    return Plan(
+        sizes=sizes,
+        machine=machine,
+        stages=stages,
+        storage=storage_parts(config, sizes, worker.overlay, worker.targets),
+        targets=worker.targets,
+        tokens={name: _tokens(config, name, source, known=name in text) for name, source in worker.targets.items()},
+        times=pass_times(config, sizes, worker.targets),
+    )
 
 
-def judge(needs: StageNeeds, machine: Machine) -> StageVerdict:
-    """Whether a stage fits, when all its workers are on this machine."""
-    peak = needs.peak
-    each = peak.total if needs.device == "cpu" else needs.host
-    node = needs.processes * each + (NODE_PROCESSES if needs.stage != "convert" else 0)
-    missing = _missing(needs, peak, node, machine)
-    if missing:
-        return StageVerdict(needs, peak, node, False, missing)
-    return StageVerdict(needs, peak, node, True, _caution(needs, node, machine))
+def _tokens(config: Config, name: str, source: SourceTargets, *, known: bool) -> SourceTokens:
+    sequences = config.train.steps * config.train.sources[name].sequences_per_step
+    return SourceTokens(source.tokens if known else None, sequences * config.data.sequence_length)
 
 
-def _caution(needs: StageNeeds, node: int, machine: Machine) -> str:
-    """What will go badly although it fits; empty when nothing."""
-    if machine.available is not None and node > machine.available:
-        return f"fits, but only {machine.available / GIB:.1f} GiB of memory are free at the moment"
-    if needs.mapped and node + needs.mapped > machine.memory:
-        return "fits, but the base does not stay in memory and is read from disk again and again"
-    return ""
-
-
-def _missing(needs: StageNeeds, peak: Phase, node: int, machine: Machine) -> str:
-    """What the machine lacks; empty when nothing."""
-    if needs.device == "cuda":
-        wanted = ceil(needs.processes / needs.sharing) * needs.devices
-        each = peak.total * min(needs.sharing, needs.processes)
-        if len(machine.gpus) < wanted:
-            size = f"{each / GIB:.1f} GiB"
-            return f"takes GPUs with {size} each, {wanted} in all; this machine has {len(machine.gpus)}"
-        if each > min(machine.gpus):
-            return f"takes {each / GIB:.1f} GiB of each GPU, they have {min(machine.gpus) / GIB:.1f} GiB"
-    usable = int(machine.memory * _USABLE)
-    if node > usable:
-        return f"takes {node / GIB:.1f} GiB of memory, usable are {usable / GIB:.1f} GiB"
-    return ""
-
-
-def _with_change(
-    verdict: StageVerdict, config: Config, sizes: ModelSizes, text: dict[str, SourceText], machine: Machine
-) -> StageVerdict:
-    """The verdict with the first settings that would make its stage fit."""
-    if verdict.fits:
-        return verdict
-    stage, changes = verdict.needs.stage, dict[str, Any]()
-
-    def fits(settings: dict[str, Any]) -> bool:
-        needs = {each.stage: each for each in stage_needs(_replace(config, settings), sizes, text)}
-        return stage not in needs or judge(needs[stage], machine).fits
-
-    for field, value in _candidates(config, stage, verdict.needs):
-        changes[field] = value
-        if fits(changes):
-            break
-    else:
-        return verdict
-    for field in list(changes):  # those that another one makes needless
-        fewer = {name: value for name, value in changes.items() if name != field}
-        if fits(fewer):
-            changes = fewer
-    return replace(verdict, change=tuple(f"{name}={value}" for name, value in changes.items()))
-
-
-def _candidates(config: Config, stage: str, needs: StageNeeds) -> Iterator[tuple[str, Any]]:
-    """Changes that make a stage smaller, cheapest first; each is tried on top of those before."""
-    if config.model.experts != "packed":
-        yield "model.experts", "packed"
-    if stage in _BATCH_FIELDS:
-        section, field = _BATCH_FIELDS[stage]
-        for batch in _halves(getattr(getattr(config, section), field), 1):
-            yield f"{section}.{field}", batch
-    if config.model.dtype == "float32" or (config.model.dtype == "auto" and needs.device == "cpu"):
-        yield "model.dtype", "bfloat16"
-    if stage == "serve":
-        yield "serve.replicas", 1
-    elif config.resources.workers > 1:
-        yield "resources.workers", 1
-    if needs.device == "cuda":
-        for gpus in (2, 4, 8):
-            if gpus > config.resources.gpus_per_worker:
-                yield "resources.gpus_per_worker", gpus
-    for length in _halves(config.data.sequence_length, _SHORTEST_SEQUENCE):
-        yield "data.sequence_length", length
-
-
-def _halves(value: int, least: int) -> Iterator[int]:
-    while value // 2 >= least:
-        value //= 2
-        yield value
-
-
-def _replace(config: Config, changes: dict[str, Any]) -> Config:
-    values = config.model_dump()
-    for name, value in changes.items():
-        section, field = name.split(".")
-        values[section][field] = value
-    return Config.model_validate(values)
-
-
-def _tokens(config: Config, text: dict[str, SourceText]) -> dict[str, SourceTokens]:
-    per_sequence = config.train.steps * config.data.sequence_length
+def _targets_as_dict(source: SourceTargets) -> dict[str, Any]:
     return {
-        name: SourceTokens(text[name].tokens if name in text else None, section.sequences_per_step * per_sequence)
-        for name, section in config.train.sources.items()
-    }
-
-
-def _stage_as_dict(stage: StageVerdict) -> dict[str, Any]:
-    needs = stage.needs
-    return {
-        "fits": stage.fits,
-        "problem": stage.problem,
-        "change": list(stage.change),
-        "workers": needs.processes,
-        "device": needs.device,
-        "devices_per_worker": needs.devices,
-        "worker_peak_bytes": stage.peak.total,
-        "peak_phase": stage.peak.name,
-        "parts": [asdict(part) for part in stage.peak.parts],
-        "phases": {each.name: each.total for each in needs.phases},
-        "shared_mapped_bytes": needs.mapped,
-        "host_bytes_per_worker": needs.host,
-        "node_bytes": stage.node,
+        "form": source.form,
+        "tokens": source.tokens,
+        "teacher_tokens": source.teacher_tokens,
+        "bytes_per_token": source.bytes_per_token,
+        "bytes": source.stored_bytes,
     }

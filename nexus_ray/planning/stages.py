@@ -13,15 +13,16 @@ import torch
 from nexus_ray.config import Config
 from nexus_ray.planning.conversion import convert_needs
 from nexus_ray.planning.needs import Part, Phase, StageNeeds, phase
+from nexus_ray.planning.precomputing import precompute_phases
 from nexus_ray.planning.sizes import ModelSizes
-from nexus_ray.planning.storage import moments_bytes, target_bytes_per_token
+from nexus_ray.planning.storage import moments_bytes
 from nexus_ray.planning.text import SourceText
 from nexus_ray.planning.training import training_needs
-from nexus_ray.planning.worker import FLOAT32, Worker, vocabulary_part
+from nexus_ray.planning.worker import FLOAT32, Worker
 
 _LIVE_MOMENTS = 3  # of a unit so far, of a batch, and merged
+_SCORED_BYTES = 64 << 20  # of float32 logits whose cross-entropy is taken together (`evaluation/perplexity.py`)
 _LIVE_ROWS = 4  # probabilities, centred ones, selections, gates
-_SHARD_COPIES = 2  # of a shard's targets while they are written
 
 
 def stage_needs(config: Config, sizes: ModelSizes, text: Mapping[str, SourceText]) -> list[StageNeeds]:
@@ -31,7 +32,7 @@ def stage_needs(config: Config, sizes: ModelSizes, text: Mapping[str, SourceText
     stages = [
         worker.stage("collect", workers, *_observation(worker)),
         convert_needs(worker),
-        worker.stage("precompute", workers, *_precompute(worker)),
+        worker.stage("precompute", workers, *precompute_phases(worker)),
         training_needs(worker),
         worker.stage(
             "evaluate", workers, *_inference(worker, config.evaluate.batch_sequences, student=True), host=overlay
@@ -51,33 +52,13 @@ def _observation(worker: Worker) -> list[Phase]:
 
 
 def _inference(worker: Worker, sequences: int, *, student: bool) -> list[Phase]:
-    """The layers at work, then logits in the compute type and in float32."""
+    """The layers at work, then logits in the compute type and the cross-entropy of a few positions at a time."""
     fixed = (*worker.fixed(), worker.shared_experts()) if student else worker.fixed()
-    single, cast = worker.logits(sequences, itemsize=FLOAT32), worker.logits(sequences)
-    both = vocabulary_part("logits", single, note="float32")
-    own = vocabulary_part("logits, own type", cast if worker.dtype != torch.float32 else 0)
-    return [phase("layers", *fixed, worker.forward(sequences)), phase("logits", *fixed, both, own)]
-
-
-def _precompute(worker: Worker) -> list[Phase]:
-    """Float32 logits, a copy without the kept tokens and the exponentials of their sum; the targets of a shard."""
-    config = worker.config
-    if config.train.mode == "online":
-        return []
-    sequences = config.targets.batch_sequences
-    logits = worker.logits(sequences, itemsize=FLOAT32)
-    shard = max((_shard_targets(worker, name) for name in worker.text), default=0)
-    rows = Part("targets", _SHARD_COPIES * shard, "of one shard, in lists and as a table")
-    return [
-        phase("layers", *worker.fixed(), rows, worker.forward(sequences)),
-        phase("compression", *worker.fixed(), rows, vocabulary_part("logits", logits, 3, "float32, three copies")),
-    ]
-
-
-def _shard_targets(worker: Worker, source: str) -> int:
-    """Uncompressed bytes of the targets of one shard of a source."""
-    text = worker.text[source]
-    return text.tokens // text.shards * target_bytes_per_token(worker.config, worker.sizes, source)
+    size, chunk = worker.logits(sequences), min(_SCORED_BYTES, worker.logits(sequences, itemsize=FLOAT32))
+    units = 1 if worker.dtype == torch.float32 else 2  # log-probabilities, and logits that are cast
+    logits = Part("logits", size, block=size)
+    losses = Part("cross-entropy", units * chunk, "of a few positions, float32", chunk)
+    return [phase("layers", *fixed, worker.forward(sequences)), phase("logits", *fixed, logits, losses)]
 
 
 def _serving(worker: Worker) -> list[Phase]:

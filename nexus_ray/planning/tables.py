@@ -10,12 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from nexus_ray.planning.needs import GIB, MIB
-from nexus_ray.planning.plan import Plan, StageVerdict
+from nexus_ray.planning.plan import Plan
+from nexus_ray.planning.teacher_time import SUSTAINED_GPU_FLOP
+from nexus_ray.planning.verdicts import StageVerdict
 
 
 def show_plan(plan: Plan) -> RenderableType:
-    """Memory by stage and by part, what to change, storage and tokens."""
-    return Group(_parts(plan), _stages(plan), *_problems(plan), _storage(plan), *_tokens(plan))
+    """Memory by stage and by part, what to change, storage, targets and tokens, and the time of the base's passes."""
+    memory = Group(_parts(plan), _stages(plan), *_problems(plan))
+    return Group(memory, _storage(plan), _targets(plan), *_tokens(plan), *_times(plan))
 
 
 def size_text(size: int) -> str:
@@ -84,6 +87,39 @@ def _storage(plan: Plan) -> Table:
     verdict = "fits" if plan.storage_fits else "does not fit: choose another place with run.directory=PATH"
     table.add_row("sum", size_text(plan.storage_bytes), f"{size_text(plan.machine.free_disk)} free: {verdict}")
     return table
+
+
+def _targets(plan: Plan) -> Table:
+    """One row a source: what the target set holds of it."""
+    table = _table("teacher targets, before compression", "source", ["bytes a token", "tokens", "size"])
+    table.add_column("form")
+    for name, source in plan.targets.items():
+        tokens = f"{source.tokens:,}" if source.tokens else "unknown"
+        cells = [f"{source.bytes_per_token:,.1f}", tokens, size_text(source.stored_bytes), source.form]
+        table.add_row(escape(name), *cells)
+    return table
+
+
+def _times(plan: Plan) -> Iterator[RenderableType]:
+    """One row a stage in which the base reads text, and how far the time is to be trusted."""
+    table = _table("passes of the base over text", "stage", ["tokens", "TFLOP", "MFLOP a token", "time"])
+    for each in plan.times:
+        work = [f"{each.flop / 1e12:,.3g}", f"{each.flop / each.tokens / 1e6:,.1f}"]
+        table.add_row(each.stage, f"{each.tokens:,}", *work, duration_text(each.seconds))
+    yield table
+    if all(each.measured for each in plan.times):
+        yield Text("all workers together, by a layer's parts timed on this machine; without starting the workers")
+    else:
+        speed = f"{SUSTAINED_GPU_FLOP / 1e12:.0f} TFLOP/s"
+        yield Text(f"all workers together, if each GPU sustains {speed}: an assumption, no GPU was measured")
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds for a person: hours, minutes or seconds, two digits."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def _tokens(plan: Plan) -> Iterator[Text]:

@@ -6,6 +6,7 @@ import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from math import ceil
 from pathlib import Path
 
 import fsspec
@@ -37,6 +38,12 @@ class SourceText:
     size: int
     shards: int
     tokens: int
+
+    def up_to(self, wanted: int | None) -> int:
+        """Tokens of as many whole shards, of one size each, as hold the wanted ones; all without a wish."""
+        if wanted is None or not self.tokens:
+            return self.tokens
+        return min(self.tokens, ceil(wanted * self.shards / self.tokens) * self.tokens // self.shards)
 
 
 def measure_text(config: Config) -> dict[str, SourceText]:

@@ -4,35 +4,47 @@ from __future__ import annotations
 
 from math import ceil
 
-import torch
-
 from nexus_ray.planning.activations import layer_working, saved_for_backward
-from nexus_ray.planning.losses import (
-    LossBuffers,
-    loss_buffers,
-    micro_batches,
-    online_teacher,
-    validation_units,
-    worker_steps,
-)
+from nexus_ray.planning.losses import loss_buffers, micro_batches
 from nexus_ray.planning.needs import Part, Phase, StageNeeds, phase
-from nexus_ray.planning.storage import checkpoint_bytes, target_bytes
-from nexus_ray.planning.worker import FLOAT32, Worker, vocabulary_part
+from nexus_ray.planning.storage import checkpoint_bytes
+from nexus_ray.planning.worker import FLOAT32, Worker
+from nexus_ray.targets.reading.reader import CACHE_BYTES
+from nexus_ray.training.feed import READ_AHEAD
 
-_TARGET_TABLES = 64  # files of targets that a worker keeps open, uncompressed
+_HELD_BATCHES = READ_AHEAD + 1  # micro-batches in the memory of the host, decoded
 
 
 def training_needs(worker: Worker) -> StageNeeds:
     """Training: the worst of its micro-batches at each moment, and the optimiser's step."""
-    targets = _open_targets(worker)
-    always = (*worker.fixed(), *_state(worker), *(targets if worker.device == "cpu" else ()))
+    targets, moved = _targets(worker)
+    always = (*worker.fixed(), *_state(worker), *(targets if worker.device == "cpu" else (moved,)))
     phases = [phase("optimiser step", *always, *_gradients(worker), _optimiser_working(worker))]
-    distinct = {tuple(batch.items()): batch for batch in micro_batches(worker.config)}
-    for batch in distinct.values():
-        phases += _micro_batch_phases(worker, batch, always)
+    batches = micro_batches(worker.config)
+    earlier = _gradients(worker) if len(batches) > 1 else _buckets(worker)
+    for batch in {tuple(batch.items()): batch for batch in batches}.values():
+        phases += _micro_batch_phases(worker, batch, always, earlier)
     phases += _validation(worker, always)
     host = max(worker.overlay_loading(), checkpoint_bytes(worker.overlay)) + sum(part.size for part in targets)
     return worker.stage("train", worker.config.resources.workers, *phases, host=host)
+
+
+def _micro_batch_phases(
+    worker: Worker, batch: dict[str, int], always: tuple[Part, ...], earlier: tuple[Part, ...]
+) -> list[Phase]:
+    """The moments of one micro-batch, which holds `batch` sequences by source."""
+    sequences = sum(batch.values())
+    work, block = worker.work(sequences), worker.activation_block(sequences)
+    saved = saved_for_backward(worker.sizes, work) // worker.devices
+    activations = Part("activations", saved, f"{work.tokens:,} tokens, kept for backward", block)
+    working = Part("one layer at work", layer_working(worker.sizes, work), block=block)
+    kept, *losses = _losses(worker, batch)
+    return [
+        phase("forward", *always, *earlier, activations, kept, working),
+        phase("loss", *always, *earlier, activations, kept, *losses),
+        phase("backward", *always, *earlier, activations, kept, working),
+        phase("end of backward", *always, *_gradients(worker), kept, working),
+    ]
 
 
 def _validation(worker: Worker, always: tuple[Part, ...]) -> list[Phase]:
@@ -40,59 +52,35 @@ def _validation(worker: Worker, always: tuple[Part, ...]) -> list[Phase]:
     config = worker.config
     share = ceil(config.train.validation_sequences * len(config.train.sources) / config.resources.workers)
     sequences = min(config.train.micro_batch_sequences, share)
-    logits = worker.logits(sequences)
-    teacher = logits if config.train.mode == "online" else 0
-    before = vocabulary_part("earlier logits", logits + teacher if share > sequences else 0)
-    single = worker.logits(sequences, itemsize=FLOAT32)
-    copies = validation_units(config, cast=worker.dtype != torch.float32)
-    losses = (
-        vocabulary_part("logits", logits),
-        vocabulary_part("teacher's logits", teacher),
-        vocabulary_part("loss buffers", single, copies, "float32 over the vocabulary"),
+    phases = [phase("validation, layers", *always, worker.forward(sequences))]
+    for name in config.train.sources:
+        phases.append(phase("validation", *always, *_losses(worker, {name: sequences}, validating=True)))
+    return phases
+
+
+def _losses(worker: Worker, batch: dict[str, int], *, validating: bool = False) -> tuple[Part, Part, Part]:
+    """What is kept of the losses until backward, and what they need at work."""
+    itemsize, block = worker.dtype.itemsize, worker.activation_block(sum(batch.values()))
+    buffers = loss_buffers(batch, worker.config, worker.sizes, worker.targets, itemsize, validating=validating)
+    return (
+        Part("hidden states", buffers.kept, "final ones, and their gradients", block),
+        Part("logits of a chunk", buffers.chunk, "float32 buffers", buffers.block),
+        Part("losses at work", buffers.working, block=block),
     )
-    return [
-        phase("validation, layers", *always, before, worker.forward(sequences)),
-        phase("validation", *always, before, *losses),
-    ]
 
 
-def _micro_batch_phases(worker: Worker, batch: dict[str, int], always: tuple[Part, ...]) -> list[Phase]:
-    """The moments of one micro-batch, which holds `batch` sequences by source."""
-    config, sequences = worker.config, sum(batch.values())
-    terms = {"vocabulary": worker.sizes.vocabulary, "itemsize": worker.dtype.itemsize}
-    buffers = loss_buffers(batch, config, **terms, length=config.data.sequence_length)
-    teacher = online_teacher(batch, config, **terms, length=config.data.sequence_length)
-    several = worker_steps(config) > 1
-    earlier = _gradients(worker) if several else _buckets(worker)
-    logits = (
-        vocabulary_part("logits", worker.logits(sequences)),
-        vocabulary_part("teacher's logits", teacher),
+def _targets(worker: Worker) -> tuple[tuple[Part, Part], Part]:
+    """What the host keeps of a target set, row groups as stored and micro-batches decoded; what a GPU has of them."""
+    stored = sum(source.stored_bytes for source in worker.targets.values())
+    largest = max(
+        sum(worker.targets[name].decoded_bytes * count for name, count in batch.items())
+        for batch in micro_batches(worker.config)
     )
-    before = vocabulary_part("earlier logits", worker.logits(sequences) + teacher if several else 0)
-    work, block = worker.work(sequences), worker.activation_block(sequences)
-    saved = saved_for_backward(worker.sizes, work) // worker.devices
-    activations = Part("activations", saved, f"{work.tokens:,} tokens, kept for backward", block)
-    working = Part("one layer at work", layer_working(worker.sizes, work), block=block)
-    return [
-        phase("forward", *always, *earlier, activations, *logits, before, working),
-        phase("loss", *always, *earlier, activations, *logits, _loss_part(buffers, buffers.forward)),
-        phase("loss backward", *always, *earlier, activations, *logits, _loss_part(buffers, buffers.backward)),
-        phase("backward", *always, *earlier, activations, *logits, working),
-        phase("end of backward", *always, *_gradients(worker), *logits, working),
-    ]
-
-
-def _loss_part(buffers: LossBuffers, working: int) -> Part:
-    return Part("loss buffers", buffers.saved + working, "float32 over the vocabulary", buffers.block)
-
-
-def _open_targets(worker: Worker) -> tuple[Part, ...]:
-    """The uncompressed tables of target files that a worker keeps."""
-    shards = sum(text.shards for text in worker.text.values())
-    if not shards:
-        return ()
-    size = target_bytes(worker.config, worker.sizes, worker.text) * min(_TARGET_TABLES, shards) // shards
-    return (Part("targets", size, f"of up to {_TARGET_TABLES} files of {shards}, uncompressed"),)
+    host = (
+        Part("targets, stored", min(CACHE_BYTES, stored), "row groups in the cache"),
+        Part("targets, decoded", _HELD_BATCHES * largest, f"of {_HELD_BATCHES} micro-batches", largest),
+    )
+    return host, Part("targets, decoded", largest, "of a micro-batch", largest)
 
 
 def _state(worker: Worker) -> tuple[Part, Part]:

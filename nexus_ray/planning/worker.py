@@ -11,6 +11,7 @@ from nexus_ray.config import Config
 from nexus_ray.planning.activations import Workload, layer_working
 from nexus_ray.planning.needs import MIB, Device, Part, Phase, StageNeeds
 from nexus_ray.planning.sizes import ModelSizes
+from nexus_ray.planning.target_sizes import SourceTargets, source_targets
 from nexus_ray.planning.text import SourceText
 from nexus_ray.planning.weights import (
     BaseWeights,
@@ -42,7 +43,7 @@ class Worker:
         dtype: of the model's computation.
         weights: of the base.
         overlay: counts of the shared experts.
-        text: training text by source.
+        targets: of the teacher, by source.
     """
 
     config: Config
@@ -52,15 +53,16 @@ class Worker:
     dtype: torch.dtype
     weights: BaseWeights
     overlay: OverlaySize
-    text: Mapping[str, SourceText]
+    targets: dict[str, SourceTargets]
 
     @classmethod
     def of(cls, config: Config, sizes: ModelSizes, text: Mapping[str, SourceText] | None = None) -> Worker:
-        """The worker of a run."""
+        """The worker of a run; `text`: training text by source, as far as it is known."""
         device, dtype = config.compute_device, _DTYPES[config.compute_dtype]
         weights = base_weights(sizes, packed=config.model.experts == "packed", dtype=dtype, device=device)
         devices = max(1, int(config.resources.gpus_per_worker))
-        return cls(config, sizes, device, devices, dtype, weights, overlay_size(sizes, config), text or {})
+        targets = source_targets(config, sizes, text or {})
+        return cls(config, sizes, device, devices, dtype, weights, overlay_size(sizes, config), targets)
 
     def work(self, sequences: int, length: int | None = None) -> Workload:
         """A forward pass of this many sequences."""
@@ -128,8 +130,3 @@ class Worker:
         stream = 4 * work.tokens * dimensions.hidden_size * FLOAT32
         size = stream + layer_working(self.sizes, work) + work.tokens * dimensions.layers * dimensions.experts * FLOAT32
         return Part("activations", size, f"{work.tokens:,} tokens", self.activation_block(sequences, length))
-
-
-def vocabulary_part(name: str, size: int, copies: int = 1, note: str = "") -> Part:
-    """Values over the vocabulary: `copies` tensors of `size` bytes each."""
-    return Part(name, copies * size, note, size)

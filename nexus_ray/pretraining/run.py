@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GptOssForCausalLM
 from nexus_ray.checkpoints.quantised_export import export_mxfp4
 from nexus_ray.config import ModelSection, PretrainRun
 from nexus_ray.data.packing import Batch, batches, pack_shard, token_byte_lengths
-from nexus_ray.data.sources import describe_files, list_shards
+from nexus_ray.data.sources import list_shards
 from nexus_ray.data.unreadable import UnreadableRows
 from nexus_ray.errors import ConfigError, ModelError
 from nexus_ray.evaluation.perplexity import bits_per_byte, sequence_nats, target_bytes, token_perplexity
@@ -19,9 +19,10 @@ from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import load_base
 from nexus_ray.pretraining.model import build_config, new_model
 from nexus_ray.pretraining.task import pretrain_worker
-from nexus_ray.storage import digest, write_json
+from nexus_ray.storage import write_json
 from nexus_ray.targets.format import MANIFEST
-from nexus_ray.targets.precompute import PrecomputeJob, precompute
+from nexus_ray.targets.writing.job import job_of_text
+from nexus_ray.targets.writing.precompute import precompute
 from nexus_ray.training import trainer
 from nexus_ray.training.checkpointing import load_checkpoint
 
@@ -54,7 +55,7 @@ def pretrain(run: PretrainRun) -> Path:
         )
     layout = RunLayout(run.run.directory)
     if not (layout.targets / MANIFEST).exists():
-        precompute(_packing_job(run), layout.targets, run.resources)
+        precompute(job_of_text(run.data, run.pretrain.tokenizer), layout.targets, run.resources)
     trainer.run_distributed(
         pretrain_worker,
         {"run": run.model_dump(mode="json")},
@@ -128,16 +129,3 @@ def _logits(model: GptOssForCausalLM, batch: Batch) -> torch.Tensor:
     mask = torch.from_numpy(batch.valid).long()
     logits: torch.Tensor = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
     return logits
-
-
-def _packing_job(run: PretrainRun) -> PrecomputeJob:
-    names = tuple(run.data.sources)
-    recipe = digest(
-        {
-            "text": describe_files(run.data, "train"),
-            "length": run.data.sequence_length,
-            "shard_bytes": run.data.shard_bytes,
-            "tokenizer": str(run.pretrain.tokenizer),
-        }
-    )
-    return PrecomputeJob(run.data, names, run.pretrain.tokenizer, None, None, recipe)

@@ -16,10 +16,10 @@ from nexus_ray.data.packing import separator_id
 from nexus_ray.layout import RunLayout
 from nexus_ray.memory import bound_shape_caches
 from nexus_ray.pretraining.model import build_config, new_model
-from nexus_ray.targets.reader import TargetSet
+from nexus_ray.targets.reading.reader import TargetSet
 from nexus_ray.training import trainer
 from nexus_ray.training.loop import LoopSettings, adamw, run_steps, sum_over_workers
-from nexus_ray.training.order import Rows, SourceOrder, micro_batches, share
+from nexus_ray.training.order import Sequences, SourceOrder, micro_batches, share
 
 
 class PretrainModule(nn.Module):
@@ -29,14 +29,14 @@ class PretrainModule(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, valid: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Summed next-token cross-entropy (nats) and the load-balancing loss of [sequences, length] tokens."""
         with torch.autocast(input_ids.device.type, torch.bfloat16):
             output = self.model(
                 input_ids=input_ids, attention_mask=valid.long(), use_cache=False, output_router_logits=True
             )
         logits = output.logits[:, :-1].float()
-        targets = input_ids[:, 1:].masked_fill(~valid[:, 1:], -100)
+        targets = input_ids[:, 1:].masked_fill(~loss_mask[:, 1:], -100)
         cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
         return cross_entropy, output.aux_loss
 
@@ -56,22 +56,22 @@ class PretrainTask:
         self.parallel = trainer.data_parallel(self.module)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.optimiser: torch.optim.Optimizer = adamw(self.parameters, section.optimiser)
-        self.sequences = TargetSet.open(RunLayout(run.run.directory).targets)
-        rows = np.concatenate([self.sequences.rows(name) for name in run.data.sources])
+        self.targets = TargetSet.open(RunLayout(run.run.directory).targets)
+        numbers = np.concatenate([self.targets.sequences(name) for name in run.data.sources])
         self.order = SourceOrder(
-            rows, section.sequences_per_step, section.validation_sequences, run.run.seed, "pretrain"
+            numbers, section.sequences_per_step, section.validation_sequences, run.run.seed, "pretrain"
         )
 
     def accumulate(self, step: int) -> dict[str, float]:
         """Backward passes of one global batch."""
         rank, world_size = trainer.world()
-        global_rows = self.order.training_rows(step)
-        count = self.sequences.count_targets(global_rows)
-        parts = micro_batches(share(global_rows, rank, world_size), self.section.micro_batch_sequences)
+        batch = self.order.of_step(step)
+        count = int(self.targets.num_targets(batch).sum())
+        parts = micro_batches(share(batch, rank, world_size), self.section.micro_batch_sequences)
         total = torch.zeros(2, device=self.device)
-        for index, rows in enumerate(parts):
+        for index, part in enumerate(parts):
             with trainer.synchronise_if(self.parallel, index == len(parts) - 1):
-                cross_entropy, balance = self.parallel(*self._batch(rows))
+                cross_entropy, balance = self.parallel(*self._batch(part))
                 # DDP averages gradients over workers: the global mean needs the factor back.
                 loss = cross_entropy * world_size / count + self.section.load_balancing * balance / len(parts)
                 loss.backward()
@@ -83,17 +83,17 @@ class PretrainTask:
     def validate(self) -> dict[str, Any]:
         """Mean next-token loss (nats) on the validation sequences, and continuations of the prompts."""
         rank, world_size = trainer.world()
-        rows = self.order.validation_rows()
+        held_out = self.order.held_out()
         total = torch.zeros((), device=self.device)
-        for part in micro_batches(share(rows, rank, world_size), self.section.micro_batch_sequences):
+        for part in micro_batches(share(held_out, rank, world_size), self.section.micro_batch_sequences):
             total += self.module(*self._batch(part))[0]
-        loss = float(sum_over_workers(total)) / self.sequences.count_targets(rows)
+        loss = float(sum_over_workers(total)) / int(self.targets.num_targets(held_out).sum())
         prompts = self.section.prompts if rank == 0 else ()
         return {"loss": loss, "samples": [self._continue(prompt) for prompt in prompts]}
 
-    def _batch(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        batch = self.sequences.read(rows)
-        return batch.input_ids.to(self.device), batch.valid.to(self.device)
+    def _batch(self, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+        batch = self.targets.read(sequences, teacher=False).to(self.device)
+        return batch.input_ids, batch.valid, batch.loss_mask
 
     def _continue(self, prompt: str, tokens: int = 48) -> str:
         """Sample a continuation of `prompt`."""

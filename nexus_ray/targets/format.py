@@ -1,119 +1,145 @@
-"""The form of a target set: Parquet files of packed sequences and a manifest that describes them.
+"""The form of a target set: Parquet shards of packed sequences and a manifest that describes them.
 
-One row is one packed sequence. Teacher columns are empty lists for sources whose losses need no teacher.
-
-| column | type | meaning |
-|---|---|---|
-| source | string | name in `data.sources` |
-| input_ids | list<int32> [length] | tokens, padded at the end |
-| num_tokens | int32 | tokens before the padding |
-| top_ids | list<int32> [length * K] | tokens the teacher finds most likely next, best first |
-| top_log_probs | list<float16> [length * K] | their natural-log probabilities |
-| tail_log_prob | list<float32> [length] | log of the probability of all other tokens together |
-| router_logits | list<float16> [length * layers * experts] | the teacher's router logits |
-
-Position t of a teacher column is the distribution of token t + 1 given tokens 0..t.
+`docs/targets-format.md` is the specification. A set is content-addressed: a shard's name is the digest of everything
+that decides its bytes, and only shards that the manifest lists belong to the set. The manifest is replaced last and at
+once, so a set can be read while shards are added beside it.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nexus_ray.errors import ArtefactError
-from nexus_ray.storage import atomic_file, read_json, write_json
+from nexus_ray.targets.encoding.encodings import OutputEncoding
+from nexus_ray.targets.encoding.routers import RouterEncoding
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 REMAKE = "run `nexus-ray precompute CONFIG`"
+METADATA_KEY = b"nexus_ray.targets"
+# Bytes of targets in a row group, the least that random access reads; at most one sequence where one is longer.
+ROW_GROUP_BYTES = 1 << 18
 
-SCHEMA = pa.schema(
-    [
-        ("source", pa.string()),
-        ("input_ids", pa.list_(pa.int32())),
-        ("num_tokens", pa.int32()),
-        ("top_ids", pa.list_(pa.int32())),
-        ("top_log_probs", pa.list_(pa.float16())),
-        ("tail_log_prob", pa.list_(pa.float32())),
-        ("router_logits", pa.list_(pa.float16())),
-    ]
+_TOKENS = (
+    ("sequence_id", pa.string()),
+    ("num_tokens", pa.int32()),
+    ("num_targets", pa.int32()),
+    ("input_ids", pa.list_(pa.int32())),
+    ("loss_mask", pa.list_(pa.bool_())),
 )
 
 
-class TargetFile(BaseModel):
-    """One Parquet file of a target set."""
-
+class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    source: str
-    sequences: int
-    tokens: int
-    bytes: int
-    sha256: str
 
+class Header(_Record):
+    """What a reader must know to decode a shard; every shard carries it.
 
-class Manifest(BaseModel):
-    """What a target set holds and what it was made from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Attributes:
+        format_version: of this module.
+        base_fingerprint: identity of the teacher; None where only text was packed.
+        compute: device, type and experts implementation of the teacher; None without one.
+        tokenizer_sha256: identity of the tokenizer with its chat template.
+        vocabulary: outcomes of a next-token distribution.
+        sequence_length: tokens of a full sequence.
+        separator: token id before, between and after documents.
+        output: how next-token distributions are encoded; None without them.
+        router: how routers are encoded; None without them.
+    """
 
     format_version: int = FORMAT_VERSION
     base_fingerprint: str | None
+    compute: dict[str, str] | None
     tokenizer_sha256: str
     vocabulary: int
     sequence_length: int
-    top_k: int
-    teacher_sources: tuple[str, ...]
+    separator: int
+    output: OutputEncoding | None
+    router: RouterEncoding | None
+
+
+class TargetFile(_Record):
+    """One shard of a target set.
+
+    Attributes:
+        name: of the file.
+        source: of its text, as `data.sources` calls it.
+        text: where the text was, for people.
+        sequences: rows.
+        tokens: of all sequences.
+        targets: tokens in loss masks.
+        output: whether it holds output targets.
+        router: whether it holds router targets.
+        bytes: of the file.
+        sha256: of the file.
+        blocks: CRC-32 of each block of the file, eight hexadecimal digits each (`checksums.py`).
+        unreadable: rows of the text that could not be read.
+        unreadable_example: the first of them, and why.
+    """
+
+    name: str
+    source: str
+    text: str
+    sequences: int
+    tokens: int
+    targets: int
+    output: bool
+    router: bool
+    bytes: int
+    sha256: str
+    blocks: str
+    unreadable: int = 0
+    unreadable_example: str = ""
+
+
+class Manifest(Header):
+    """What a target set holds and what it was made from.
+
+    Attributes:
+        tokenizer: directory of the tokenizer (and the model) when the set was made, for people and `inspect`.
+        files: its shards, in the order of the text.
+    """
+
+    tokenizer: str
     files: tuple[TargetFile, ...]
 
-    def save(self, directory: Path) -> None:
-        """Write `manifest.json`; its presence says that the set is complete."""
-        write_json(directory / MANIFEST, self.model_dump(mode="json"))
+    @property
+    def header(self) -> Header:
+        """The part that every shard carries."""
+        return Header(**{name: getattr(self, name) for name in Header.model_fields})
 
     @classmethod
-    def load(cls, directory: Path) -> Manifest:
-        """Read the manifest of a target set.
+    def parse(cls, values: Any, place: str) -> Manifest:
+        """The manifest in the JSON value of `place`.
 
         Raises:
-            ArtefactError: there is none, it is damaged, or of another format version.
+            ArtefactError: it is no manifest, or one of another format version.
         """
-        values = read_json(directory / MANIFEST, what="target manifest", hint=REMAKE)
+        found = values.get("format_version") if isinstance(values, dict) else None
+        if isinstance(found, int) and found != FORMAT_VERSION:
+            raise ArtefactError(f"{place} is of target format {found}, not {FORMAT_VERSION}", REMAKE)
         try:
-            manifest = cls.model_validate(values)
+            return cls.model_validate(values)
         except ValidationError as error:
-            raise ArtefactError(f"{directory / MANIFEST} is not a target manifest: {error}", REMAKE) from error
-        if manifest.format_version != FORMAT_VERSION:
-            raise ArtefactError(
-                f"{directory} has target format {manifest.format_version}, not {FORMAT_VERSION}", REMAKE
-            )
-        return manifest
+            raise ArtefactError(f"{place} is not a target manifest: {error}", REMAKE) from error
 
 
-def write_rows(path: Path, columns: dict[str, list[Any]]) -> None:
-    """Write one Parquet file atomically, zstd-compressed."""
-    table = pa.table(columns, schema=SCHEMA)
-    with atomic_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+def shard_schema(header: Header, source: str, *, output: bool, router: bool) -> pa.Schema:
+    """Columns of a shard, with the header in the metadata.
 
-
-def read_table(path: Path) -> pa.Table:
-    """Read one Parquet file of a target set.
-
-    Raises:
-        ArtefactError: it is missing, damaged or has other columns.
+    Args:
+        header: of the set.
+        source: of the shard's text.
+        output: whether it holds output targets.
+        router: whether it holds router targets.
     """
-    try:
-        with pq.ParquetFile(path) as file:
-            missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
-            if missing:
-                raise ArtefactError(f"{path} has no column {missing[0]}", "delete it and " + REMAKE)
-            return file.read(columns=SCHEMA.names).cast(SCHEMA)
-    except FileNotFoundError as error:
-        raise ArtefactError(f"{path} is missing from the target set", REMAKE) from error
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ArtefactError(f"{path} is damaged: {error}", "delete it and " + REMAKE) from error
+    names = [*(header.output.widths() if output and header.output else ())]
+    names += [*(header.router.widths() if router and header.router else ())]
+    described = {"header": header.model_dump(mode="json"), "source": source, "output": output, "router": router}
+    metadata = {METADATA_KEY: json.dumps(described, sort_keys=True).encode()}
+    return pa.schema([*_TOKENS, *((name, pa.binary()) for name in names)], metadata=metadata)

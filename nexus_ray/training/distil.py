@@ -8,10 +8,10 @@ switched off (online): the base is in memory once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,25 +19,19 @@ from nexus_ray.checkpoints.overlay import OverlayConfig, load_overlay, load_over
 from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.cluster import set_worker_threads
 from nexus_ray.config import Config
-from nexus_ray.errors import ArtefactError, ConfigError, DataError
+from nexus_ray.data.vocabulary import tokenizer_digest
 from nexus_ray.families import family_of
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import LoadedModel, activation, load_shared_experts, load_student
-from nexus_ray.targets.format import REMAKE, Manifest
-from nexus_ray.targets.reader import TargetBatch, TargetSet
-from nexus_ray.training import losses, trainer
+from nexus_ray.targets.reading.reader import TargetBatch, TargetSet
+from nexus_ray.targets.teacher import HiddenTargets, RouterTargets
+from nexus_ray.training import trainer
 from nexus_ray.training.checkpointing import load_checkpoint
+from nexus_ray.training.chunked import CROSS_ENTROPY
+from nexus_ray.training.feed import Feed
 from nexus_ray.training.loop import LoopSettings, adamw, run_steps, sum_over_workers
-from nexus_ray.training.objective import (
-    TERMS,
-    MicroBatch,
-    Teacher,
-    combine,
-    term_counts,
-    token_sums,
-    weight_of,
-)
-from nexus_ray.training.order import Rows, SourceOrder, share
+from nexus_ray.training.objective import TERMS, MicroBatch, Output, loss_of, shares
+from nexus_ray.training.readiness import check_targets, report_epochs
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +46,9 @@ def train(config: Config, layout: RunLayout) -> OverlayConfig:
         NexusError: training failed.
     """
     description = load_overlay_config(layout.initial_overlay)
-    check_targets(Manifest.load(layout.targets), config, description)
+    manifest = TargetSet.open(layout.targets).manifest
+    check_targets(manifest, config, description)
+    report_epochs(manifest, config)
     arguments = {"config": config.model_dump(mode="json")}
     trainer.run_distributed(
         _loop,
@@ -66,34 +62,6 @@ def train(config: Config, layout: RunLayout) -> OverlayConfig:
     return _write_best(description, config, layout)
 
 
-def check_targets(manifest: Manifest, config: Config, description: OverlayConfig) -> None:
-    """Refuse targets that were made for something else, lack what a loss needs, or are too few.
-
-    Raises:
-        ArtefactError, ConfigError, DataError: as `train`.
-    """
-    if manifest.base_fingerprint != description.base_fingerprint:
-        raise ArtefactError("the targets were made with another base model than the overlay", REMAKE)
-    held: dict[str, int] = {}
-    for file in manifest.files:
-        held[file.source] = held.get(file.source, 0) + file.sequences
-    for name, section in config.train.sources.items():
-        needed = config.train.validation_sequences + section.sequences_per_step
-        if held.get(name, 0) < needed:
-            raise DataError(
-                f"source {name} has {held.get(name, 0)} sequences; validation and one step need {needed}",
-                "add text, or lower train.validation_sequences or data.sequence_length",
-            )
-        wants_teacher = config.train.mode == "offline" and (section.output_kl or section.router_kl)
-        if wants_teacher and name not in manifest.teacher_sources:
-            raise ArtefactError(f"the targets hold no teacher output for source {name}", REMAKE)
-    per_step = sum(section.sequences_per_step for section in config.train.sources.values())
-    if per_step < config.resources.workers:
-        raise ConfigError(
-            f"train.sources: a step has {per_step} sequences, fewer than resources.workers={config.resources.workers}"
-        )
-
-
 class _Forward(nn.Module):
     """The student as a module that DDP can wrap: its parameters are the shared experts', nothing else."""
 
@@ -104,8 +72,8 @@ class _Forward(nn.Module):
         self._student = [student]  # in a list, so that the frozen base is not registered
 
     def forward(self, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, T, V] and router logits [B, T, L, E]."""
-        return self._student[0].forward(input_ids, valid)
+        """Final hidden states [B, T, H] and router logits [B, T, L, E]."""
+        return self._student[0].hidden_states(input_ids, valid)
 
 
 class DistilTask:
@@ -126,125 +94,91 @@ class DistilTask:
         self.optimiser: torch.optim.Optimizer = adamw(self.parameters, config.train.optimiser)
         self.module = _Forward(self.student)
         self.parallel = trainer.data_parallel(self.module)
-        self.targets = TargetSet.open(layout.targets)
-        self.orders = {
-            name: SourceOrder(
-                self.targets.rows(name),
-                section.sequences_per_step,
-                config.train.validation_sequences,
-                config.run.seed,
-                name,
-            )
-            for name, section in config.train.sources.items()
-        }
+        targets = TargetSet.open(layout.targets, self.student.fingerprint, tokenizer_digest(self.student.tokenizer))
+        self.feed = Feed(targets, config, *trainer.world())
 
     def accumulate(self, step: int) -> dict[str, float]:
         """Backward passes of one global batch; records the loss and each of its terms (nats a token)."""
-        rows = {name: order.training_rows(step) for name, order in self.orders.items()}
-        counts = self._counts(rows)
-        groups = list(self._share(rows))
+        batch = self.feed.training(step)
+        counts = self.feed.counts(batch)
         _, world_size = trainer.world()
-        totals = torch.zeros(len(TERMS), device=self.student.device)
-        for index, group in enumerate(groups):
-            with trainer.synchronise_if(self.parallel, index == len(groups) - 1):
-                loss = torch.zeros((), device=self.student.device)
-                for batch, logits, router_logits in self._outputs(group, self.parallel):
-                    sums = self._sums(batch, logits, router_logits)
-                    loss = loss + combine(sums, self.train.sources[batch.source], counts)
-                    totals += self._weighted(sums, batch.source, counts)
+        terms = self._zeros(TERMS)
+        for parts, is_last in self.feed.step(step):
+            with trainer.synchronise_if(self.parallel, is_last):
+                loss = torch.zeros((), dtype=torch.float64, device=self.student.device)
+                for part, output in self._outputs(parts, self.parallel):
+                    weights = shares(self.train.sources[part.source], counts)
+                    value, sums = loss_of(part, output, self.train, weights)
+                    loss = loss + value
+                    _add(terms, sums, weights)
                 # DDP averages gradients over workers: the global mean needs the factor back.
                 (loss * world_size).backward()
-        terms = dict(zip(TERMS, sum_over_workers(totals).tolist(), strict=True))
-        tokens = sum(self.targets.count_targets(part) for part in rows.values())
-        return {"loss": sum(terms.values()), **_present(terms, counts), "tokens": tokens}
+        return _record(terms, counts) | {"tokens": sum(self.feed.num_targets(batch).values())}
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
         """The objective on the validation sequences, and each source's next-token loss (nats a token)."""
-        rows = {name: order.validation_rows() for name, order in self.orders.items()}
-        counts = self._counts(rows)
-        names = list(self.orders)
-        totals = torch.zeros(len(TERMS), device=self.student.device)
-        nats = torch.zeros(len(names), device=self.student.device)
-        for group in self._share(rows):
-            for batch, logits, router_logits in self._outputs(group, self.module):
-                totals += self._weighted(self._sums(batch, logits, router_logits), batch.source, counts)
-                per_token = losses.cross_entropy(logits, batch.input_ids) * batch.valid[:, 1:]
-                nats[names.index(batch.source)] += per_token.sum()
-        terms = dict(zip(TERMS, sum_over_workers(totals).tolist(), strict=True))
-        per_source = zip(names, sum_over_workers(nats).tolist(), strict=True)
-        return {
-            "loss": sum(terms.values()),
-            **_present(terms, counts),
-            "losses": {name: total / max(1, self.targets.count_targets(rows[name])) for name, total in per_source},
-        }
+        batch = self.feed.validation()
+        counts, tokens = self.feed.counts(batch), self.feed.num_targets(batch)
+        terms, nats = self._zeros(TERMS), self._zeros(tuple(batch))
+        for parts in self.feed.held_out():
+            for part, output in self._outputs(parts, self.module):
+                weights = {CROSS_ENTROPY: 0.0} | shares(self.train.sources[part.source], counts)
+                _, sums = loss_of(part, output, self.train, weights)
+                _add(terms, sums, weights)
+                nats[part.source] += sums[CROSS_ENTROPY]
+        losses = {name: value / max(1, tokens[name]) for name, value in _over_workers(nats).items()}
+        return _record(terms, counts) | {"losses": losses}
 
-    def _share(self, rows: dict[str, Rows]) -> Iterator[list[tuple[str, Rows]]]:
-        """This worker's micro-batches; each lists its sequences by source. Workers take turns along the batch."""
-        rank, world_size = trainer.world()
-        names = np.repeat(list(rows), [len(part) for part in rows.values()])[rank::world_size]
-        mine = share(np.concatenate(list(rows.values())), rank, world_size)
-        for start in range(0, len(mine), self.train.micro_batch_sequences):
-            part = slice(start, start + self.train.micro_batch_sequences)
-            yield [(str(name), mine[part][names[part] == name]) for name in dict.fromkeys(names[part])]
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self.feed.close()
 
-    def _outputs(self, group: list[tuple[str, Rows]], module: nn.Module) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+    def _outputs(self, parts: list[MicroBatch], module: nn.Module) -> Iterator[tuple[MicroBatch, Output]]:
         """One forward pass over sequences of several sources; yields each source's part with its outputs."""
-        batches = [self._micro_batch(name, rows) for name, rows in group]
-        input_ids = torch.cat([batch.input_ids for batch in batches])
-        logits, router_logits = module(input_ids, torch.cat([batch.valid for batch in batches]))
-        sizes = [len(batch.input_ids) for batch in batches]
-        yield from zip(batches, logits.split(sizes), router_logits.split(sizes), strict=True)
+        moved = [self._on_device(part) for part in parts]
+        input_ids, valid = (torch.cat([getattr(part.batch, name) for part in moved]) for name in ("input_ids", "valid"))
+        hidden, router_logits = module(input_ids, valid)
+        sizes = [len(part.batch.input_ids) for part in moved]
+        for part, of_part, routers in zip(moved, hidden.split(sizes), router_logits.split(sizes), strict=True):
+            yield part, Output(of_part, routers, self.student.head)
 
-    def _counts(self, rows: dict[str, Rows]) -> dict[str, int]:
-        targets = {name: self.targets.count_targets(part) for name, part in rows.items()}
-        tokens = {name: targets[name] + len(part) for name, part in rows.items()}
-        return term_counts(self.train.sources, targets, tokens)
-
-    def _micro_batch(self, name: str, rows: Rows) -> MicroBatch:
-        stored = self.targets.read(rows)
-        device = self.student.device
-        input_ids, valid = stored.input_ids.to(device), stored.valid.to(device)
-        online = self.train.mode == "online"
-        teacher = self._online_teacher(name, input_ids, valid) if online else self._stored_teacher(stored)
-        return MicroBatch(name, input_ids, valid, teacher)
-
-    def _stored_teacher(self, stored: TargetBatch) -> Teacher:
-        device = self.student.device
-        router_logits = stored.router_logits
-        if router_logits is not None:
-            dimensions = self.student.dimensions
-            router_logits = router_logits.view(*stored.input_ids.shape, dimensions.layers, dimensions.experts)
-            router_logits = router_logits.to(device).float()
-        return Teacher(top=stored.top.to(device) if stored.top else None, router_logits=router_logits)
+    def _on_device(self, part: MicroBatch) -> MicroBatch:
+        batch = part.batch.to(self.student.device)
+        return MicroBatch(part.source, self._taught(part.source, batch) if self.train.mode == "online" else batch)
 
     @torch.no_grad()
-    def _online_teacher(self, name: str, input_ids: Tensor, valid: Tensor) -> Teacher:
-        section = self.train.sources[name]
+    def _taught(self, source: str, batch: TargetBatch) -> TargetBatch:
+        """The batch with what the base says now."""
+        section = self.train.sources[source]
         if not (section.output_kl or section.router_kl):
-            return Teacher()
+            return batch
         with self.student.base():
-            logits, router_logits = self.student.forward(input_ids, valid)
-        return Teacher(logits=logits, router_logits=router_logits)
+            hidden, router_logits = self.student.hidden_states(batch.input_ids, batch.valid)
+        output = HiddenTargets(hidden[:, :-1][batch.loss_mask[:, 1:]]) if section.output_kl else None
+        layers = tuple(range(router_logits.shape[2]))
+        router = RouterTargets(layers, 1, logits=router_logits[batch.valid]) if section.router_kl else None
+        return replace(batch, output=output, router=router)
 
-    def _sums(self, batch: MicroBatch, logits: Tensor, router_logits: Tensor) -> dict[str, Tensor]:
-        section = self.train.sources[batch.source]
-        return token_sums(batch, logits, router_logits, section, self.train.router_temperature)
-
-    def _weighted(self, sums: dict[str, Tensor], name: str, counts: dict[str, int]) -> Tensor:
-        """[terms] each term's part of the global loss."""
-        section = self.train.sources[name]
-        zero = torch.zeros((), device=self.student.device)
-        parts = [
-            sums[term].detach().float() * weight_of(section, term) / counts[term] if term in sums else zero
-            for term in TERMS
-        ]
-        return torch.stack(parts)
+    def _zeros(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        return {name: torch.zeros((), dtype=torch.float64, device=self.student.device) for name in names}
 
 
-def _present(terms: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
-    """The terms that any source has a weight for."""
-    return {term: value for term, value in terms.items() if counts[term]}
+def _add(terms: dict[str, Tensor], sums: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
+    """Add a micro-batch's part of the global loss, by term."""
+    for term, value in sums.items():
+        terms[term] += value * weights[term]
+
+
+def _over_workers(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Values added up over all workers."""
+    return dict(zip(values, sum_over_workers(torch.stack(list(values.values()))).tolist(), strict=True))
+
+
+def _record(terms: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, float]:
+    """The global loss, and those of its terms that any source has a weight for."""
+    totals = _over_workers(terms)
+    return {"loss": sum(totals.values())} | {term: value for term, value in totals.items() if counts[term]}
 
 
 def _loop(arguments: dict[str, Any]) -> None:
@@ -259,7 +193,11 @@ def _loop(arguments: dict[str, Any]) -> None:
         best=layout.best,
         metrics=layout.metrics,
     )
-    run_steps(DistilTask(config, layout), settings)
+    task = DistilTask(config, layout)
+    try:
+        run_steps(task, settings)
+    finally:
+        task.close()
 
 
 def _write_best(initial: OverlayConfig, config: Config, layout: RunLayout) -> OverlayConfig:

@@ -1,6 +1,6 @@
-"""Distillation losses, per token, in nats. Legend: B sequences, T tokens, V vocabulary, K kept, L layers, E experts.
+"""The router's distillation loss, in nats. Legend: n positions, L layers, E experts, K selected.
 
-Every function returns one value a position; the caller masks and averages over the global batch.
+Routers are small, so autograd does the rest; losses on the vocabulary are in `chunked.py`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_ray.targets.compression import TopK
-
-# Below this, 1 - sum(p) of the kept tokens is float32 noise; its logarithm would be noise of either sign.
-_SMALLEST_TAIL = 1e-6
-
-
-def cross_entropy(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """[B, T-1] negative log-probability of each next token, from `logits` [B, T, V] and `input_ids` [B, T]."""
-    predicted = logits[:, :-1].float().flatten(0, 1)
-    return F.cross_entropy(predicted, input_ids[:, 1:].flatten(), reduction="none").view(len(input_ids), -1)
+from nexus_ray.targets.teacher import RouterTargets, TopKTargets
 
 
 def full_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -28,25 +19,35 @@ def full_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float =
     return (teacher.exp() * (teacher - student)).sum(dim=-1) * temperature**2
 
 
-def top_k_kl(teacher: TopK, student_logits: Tensor) -> Tensor:
-    """[B, T] KL over K + 1 events: the teacher's K kept tokens, and all other tokens as one.
-
-    A lower bound of the full KL (merging events cannot increase it), equal to it when K = V.
+def selected_kl(teacher: TopKTargets, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) over K + 1 events, the selected experts and all others as one, times temperature squared.
 
     Args:
-        teacher: kept log-probabilities [B, T, K] and tail [B, T].
-        student_logits: [B, T, V].
+        teacher: log-probabilities [..., K] at `temperature`, and of the rest [...].
+        student_logits: [..., E].
+        temperature: of the student too.
     """
-    log_probs = F.log_softmax(student_logits.float(), dim=-1)
-    kept = log_probs.gather(-1, teacher.ids)
-    student_tail = (1 - kept.exp().sum(dim=-1)).clamp(min=_SMALLEST_TAIL).log()
-    teacher_kept = teacher.log_probs.float()
-    divergence = (teacher_kept.exp() * (teacher_kept - kept)).sum(dim=-1)
-    tail_mass = teacher.tail_log_prob.exp()
-    tail = tail_mass * (teacher.tail_log_prob.clamp(min=torch.tensor(_SMALLEST_TAIL).log()) - student_tail)
-    return divergence + tail
+    logits = student_logits.float() / temperature
+    selected = logits.gather(-1, teacher.ids)
+    log_p = teacher.log_probs
+    if selected.shape != logits.shape:
+        rest = logits.scatter(-1, teacher.ids, float("-inf")).logsumexp(-1, keepdim=True)
+        selected = torch.cat([selected, rest], dim=-1)
+        log_p = torch.cat([log_p, teacher.tail_log_prob.unsqueeze(-1)], dim=-1)
+    log_p = log_p.clamp(min=torch.finfo(torch.float32).min)  # an event that cannot happen adds 0, not 0 times infinity
+    return (log_p.exp() * (log_p - selected.log_softmax(-1))).sum(-1) * temperature**2
 
 
-def router_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
-    """[B, T] mean over layers of T^2 KL(teacher || student) between full router distributions [B, T, L, E]."""
-    return full_kl(teacher_logits, student_logits, temperature).mean(dim=-1)
+def router_kl(teacher: RouterTargets, student_logits: Tensor, temperature: float) -> Tensor:
+    """[n] mean over the layers with targets of the divergence from the teacher's routers.
+
+    Args:
+        teacher: targets of n positions and L' layers.
+        student_logits: [n, L, E].
+        temperature: of teacher and student; that of selected targets was set when they were made.
+    """
+    logits = student_logits[:, list(teacher.layers)]
+    if teacher.selected is not None:
+        return selected_kl(teacher.selected, logits, temperature).mean(dim=-1)
+    assert teacher.logits is not None
+    return full_kl(teacher.logits, logits, temperature).mean(dim=-1)

@@ -1,7 +1,8 @@
 """The training objective: which losses a source enters with, and how token sums become one number.
 
-Each term is the mean over the valid tokens of the global batch of the sources that have it, weighted per source:
-sum over tokens of (source weight * loss) / number of tokens of sources with a positive weight.
+Each term is a mean over the positions of the global batch of the sources that have it, weighted per source:
+sum over positions of (source weight * loss) / number of positions of sources with a positive weight. Next-token terms
+count tokens in the loss mask; the router term counts positions that have router targets.
 """
 
 from __future__ import annotations
@@ -12,44 +13,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nexus_ray.config import TrainSourceSection
-from nexus_ray.targets.compression import TopK
-from nexus_ray.training import losses
+from nexus_ray.config import TrainSection, TrainSourceSection
+from nexus_ray.targets.reading.reader import TargetBatch
+from nexus_ray.training.chunked import NEXT_TOKEN_TERMS, output_losses
+from nexus_ray.training.losses import router_kl
 
-TERMS = ("cross_entropy", "output_kl", "router_kl")
-_ON_NEXT_TOKEN = ("cross_entropy", "output_kl")
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """What the teacher said about a micro-batch: either form of its output, and its routers, where needed.
-
-    Attributes:
-        logits: [B, T, V] of an online teacher.
-        top: compressed distributions of a stored teacher.
-        router_logits: [B, T, L, E].
-    """
-
-    logits: Tensor | None = None
-    top: TopK | None = None
-    router_logits: Tensor | None = None
+ROUTER_KL = "router_kl"
+TERMS = (*NEXT_TOKEN_TERMS, ROUTER_KL)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences of one source on the device.
+    """Sequences of one source, with what the teacher said about them.
 
     Attributes:
         source: name of the source.
-        input_ids: [B, T].
-        valid: [B, T] false on padding.
-        teacher: its targets.
+        batch: its sequences and targets.
     """
 
     source: str
-    input_ids: Tensor
-    valid: Tensor
-    teacher: Teacher
+    batch: TargetBatch
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the student says about a micro-batch.
+
+    Attributes:
+        hidden: [B, T, hidden] final hidden states.
+        router_logits: [B, T, layers, experts].
+        head: [vocabulary, hidden] weight of its LM head.
+    """
+
+    hidden: Tensor
+    router_logits: Tensor
+    head: Tensor
 
 
 def weight_of(section: TrainSourceSection, term: str) -> float:
@@ -58,51 +56,72 @@ def weight_of(section: TrainSourceSection, term: str) -> float:
     return weight
 
 
-def token_sums(
-    batch: MicroBatch, logits: Tensor, router_logits: Tensor, section: TrainSourceSection, temperature: float
-) -> dict[str, Tensor]:
-    """Sum over the valid tokens of a micro-batch of each loss that its source has a weight for, unweighted.
-
-    Next-token losses count positions whose next token is valid; the router loss counts every valid token.
-    """
-    predicts = batch.valid[:, 1:]
-    sums: dict[str, Tensor] = {}
-    if section.cross_entropy:
-        sums["cross_entropy"] = (losses.cross_entropy(logits, batch.input_ids) * predicts).sum()
-    if section.output_kl:
-        sums["output_kl"] = (_output_kl(batch.teacher, logits)[:, :-1] * predicts).sum()
-    if section.router_kl:
-        assert batch.teacher.router_logits is not None
-        per_token = losses.router_kl(batch.teacher.router_logits, router_logits, temperature)
-        sums["router_kl"] = (per_token * batch.valid).sum()
-    return sums
-
-
-def _output_kl(teacher: Teacher, logits: Tensor) -> Tensor:
-    if teacher.top is not None:
-        return losses.top_k_kl(teacher.top, logits)
-    assert teacher.logits is not None
-    return losses.full_kl(teacher.logits, logits)
-
-
 def term_counts(
-    sources: Mapping[str, TrainSourceSection], targets: Mapping[str, int], tokens: Mapping[str, int]
+    sources: Mapping[str, TrainSourceSection], targets: Mapping[str, int], router_positions: Mapping[str, int]
 ) -> dict[str, int]:
-    """Tokens of the global batch that each term is a mean over.
+    """Positions of the global batch that each term is a mean over.
 
     Args:
         sources: loss weights by source.
-        targets: next-token positions of each source in the global batch.
-        tokens: valid tokens of each source in the global batch.
+        targets: tokens in loss masks of each source in the global batch.
+        router_positions: positions with router targets of each source in the global batch.
     """
     counts = {}
     for term in TERMS:
-        of = targets if term in _ON_NEXT_TOKEN else tokens
+        of = router_positions if term == ROUTER_KL else targets
         counts[term] = sum(of[name] for name, section in sources.items() if weight_of(section, term))
     return counts
 
 
-def combine(sums: Mapping[str, Tensor], section: TrainSourceSection, counts: Mapping[str, int]) -> Tensor:
-    """A micro-batch's part of the global loss; the parts of all micro-batches add up to it."""
-    parts = [weight_of(section, term) * value / counts[term] for term, value in sums.items()]
-    return torch.stack(parts).sum()
+def shares(section: TrainSourceSection, counts: Mapping[str, int]) -> dict[str, float]:
+    """What a source's sum of each of its terms is multiplied by in the global loss."""
+    weights = {term: weight_of(section, term) for term in TERMS}
+    return {term: weight / counts[term] for term, weight in weights.items() if weight}
+
+
+def loss_of(
+    part: MicroBatch, output: Output, train: TrainSection, weights: Mapping[str, float]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's part of the global loss; the parts of all micro-batches add up to it.
+
+    Args:
+        part: the sequences, on the student's device.
+        output: what the student says about them.
+        train: temperatures and divergence.
+        weights: of the terms to compute, as `shares` gives them.
+
+    Returns:
+        the weighted sum over its positions, differentiable, and each term's unweighted sum in nats.
+    """
+    total, sums = _next_token(part.batch, output, train, {t: weights[t] for t in NEXT_TOKEN_TERMS if t in weights})
+    if ROUTER_KL in weights:
+        value = _router(part.batch, output.router_logits, train.router_temperature)
+        total, sums[ROUTER_KL] = total + weights[ROUTER_KL] * value, value.detach()
+    return total, sums
+
+
+def _next_token(
+    batch: TargetBatch, output: Output, train: TrainSection, weights: Mapping[str, float]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    if not weights:
+        # A tie to the hidden states: every trained parameter then gets a gradient, which data parallelism waits for.
+        return output.hidden[:1, :1, 0].sum().double() * 0, {}
+    predicts = batch.loss_mask[:, 1:]
+    return output_losses(
+        output.hidden[:, :-1][predicts],
+        output.head,
+        batch.input_ids[:, 1:][predicts],
+        batch.output,
+        weights,
+        temperature=train.output_temperature,
+        divergence=train.output_divergence,
+        jsd_beta=train.jsd_beta,
+    )
+
+
+def _router(batch: TargetBatch, router_logits: Tensor, temperature: float) -> Tensor:
+    """Sum over the positions that have router targets, in nats."""
+    assert batch.router is not None
+    positions = torch.arange(batch.input_ids.shape[1], device=router_logits.device)
+    stored = batch.valid & (positions % batch.router.every == 0)
+    return router_kl(batch.router, router_logits[stored], temperature).sum(dtype=torch.float64)

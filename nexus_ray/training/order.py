@@ -7,14 +7,17 @@ sequences from each stream. Workers take turns along the batch.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nexus_ray.errors import DataError
 
-Rows = NDArray[np.int64]
+Sequences = NDArray[np.int64]
+Group = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,14 @@ class SourceOrder:
     """The order in which one source's sequences are seen.
 
     Attributes:
-        rows: [n, 2] all its sequences, as `TargetSet.rows` gives them.
+        sequences: [n] numbers of all its sequences, as `TargetSet.sequences` gives them.
         per_step: sequences of this source in a global batch.
         validation: sequences kept out of training.
         seed: seed of the run.
         name: name of the source; sources are shuffled independently.
     """
 
-    rows: Rows
+    sequences: Sequences
     per_step: int
     validation: int
     seed: int
@@ -41,44 +44,64 @@ class SourceOrder:
         Raises:
             DataError: no sequence is left for training.
         """
-        if len(self.rows) <= self.validation:
+        if len(self.sequences) <= self.validation:
             raise DataError(
-                f"source {self.name!r} has {len(self.rows)} sequences; validation keeps out {self.validation}",
+                f"source {self.name!r} has {len(self.sequences)} sequences; validation keeps out {self.validation}",
                 "add text, or lower validation_sequences or data.sequence_length",
             )
 
-    def _shuffled(self, epoch: int, rows: Rows) -> Rows:
+    def _shuffled(self, epoch: int, sequences: Sequences) -> Sequences:
         key = hashlib.sha256(f"{self.seed}/{self.name}/{epoch}".encode()).digest()
         generator = np.random.default_rng(np.frombuffer(key, dtype=np.uint32))
-        return rows[generator.permutation(len(rows))]
+        return sequences[generator.permutation(len(sequences))]
 
-    def _split(self) -> tuple[Rows, Rows]:
-        """Validation and training rows; the choice depends on the seed only."""
-        held = self._shuffled(-1, self.rows)[: self.validation]
-        is_held = np.isin(self.rows @ _ROW_KEY, held @ _ROW_KEY)
-        return self.rows[is_held], self.rows[~is_held]
+    @cached_property
+    def _split(self) -> tuple[Sequences, Sequences]:
+        """Validation and training sequences; the choice depends on the seed only."""
+        is_held = np.isin(self.sequences, self._shuffled(-1, self.sequences)[: self.validation])
+        return self.sequences[is_held], self.sequences[~is_held]
 
-    def validation_rows(self) -> Rows:
+    def held_out(self) -> Sequences:
         """Sequences that training never sees, in file order."""
-        return self._split()[0]
+        return self._split[0]
 
-    def training_rows(self, step: int) -> Rows:
+    def of_step(self, step: int) -> Sequences:
         """The sequences of this source in the global batch of `step`."""
-        _, rows = self._split()
+        sequences = self._split[1]
         positions = np.arange(step * self.per_step, (step + 1) * self.per_step)
-        epochs, offsets = np.divmod(positions, len(rows))
-        shuffled = {int(epoch): self._shuffled(int(epoch), rows) for epoch in np.unique(epochs)}
-        return np.stack([shuffled[int(epoch)][offset] for epoch, offset in zip(epochs, offsets, strict=True)])
+        epochs, offsets = np.divmod(positions, len(sequences))
+        parts = [self._shuffled(int(epoch), sequences)[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.concatenate(parts)
 
 
-_ROW_KEY = np.asarray([1 << 32, 1], dtype=np.int64)
-
-
-def share(rows: Rows, rank: int, world_size: int) -> Rows:
+def share(sequences: Sequences, rank: int, world_size: int) -> Sequences:
     """The part of a global batch that one worker takes."""
-    return rows[rank::world_size]
+    return sequences[rank::world_size]
 
 
-def micro_batches(rows: Rows, size: int) -> list[Rows]:
+def micro_batches(sequences: Sequences, size: int) -> list[Sequences]:
     """Cut one worker's part into micro-batches of at most `size` sequences."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [sequences[start : start + size] for start in range(0, len(sequences), size)]
+
+
+def worker_groups(batch: Mapping[str, Sequences], rank: int, world_size: int, size: int) -> list[Group]:
+    """One worker's micro-batches of a global batch.
+
+    Args:
+        batch: sequences of each source.
+        rank: of the worker.
+        world_size: workers.
+        size: sequences of a micro-batch at most.
+
+    Returns:
+        for each micro-batch its sources, with the sequences of each.
+    """
+    pairs = [(name, int(sequence)) for name, sequences in batch.items() for sequence in sequences]
+    mine = pairs[rank::world_size]
+    parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+    return [_by_source(part) for part in parts]
+
+
+def _by_source(pairs: list[tuple[str, int]]) -> Group:
+    names = dict.fromkeys(name for name, _ in pairs)
+    return tuple((name, tuple(sequence for other, sequence in pairs if other == name)) for name in names)

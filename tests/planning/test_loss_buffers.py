@@ -1,74 +1,165 @@
-"""Loss buffers against what autograd keeps of the project's own losses, and the order of micro-batches."""
+"""Loss buffers against what the project's own losses keep and allocate, and the order of micro-batches."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from nexus_ray.config import Config
-from nexus_ray.planning.losses import loss_buffers, micro_batches, online_teacher, worker_steps
-from nexus_ray.targets.compression import compress
-from nexus_ray.training import trainer
-from nexus_ray.training.distil import DistilTask
-from nexus_ray.training.objective import MicroBatch, Teacher, combine, term_counts, token_sums
+from nexus_ray.modeling import head
+from nexus_ray.planning.losses import LossBuffers, loss_buffers, micro_batches
+from nexus_ray.planning.sizes import ModelSizes, read_sizes
+from nexus_ray.planning.target_sizes import source_targets
+from nexus_ray.targets.reading.reader import TargetBatch
+from nexus_ray.targets.teacher import HiddenTargets, OutputTargets, RouterTargets, SampledTargets, TopKTargets
+from nexus_ray.training.objective import MicroBatch, Output, loss_of, shares, term_counts
 
-_VOCABULARY, _LENGTH = 20_000, 16
-_TERMS = [{"cross_entropy": 1.0}, {"output_kl": 2.0}, {"cross_entropy": 1.0, "output_kl": 2.0}]
+_SEQUENCES, _LENGTH, _VOCABULARY, _HIDDEN = 2, 64, 20_000, 96
+_POSITIONS = _SEQUENCES * (_LENGTH - 1)
+_TERMS = {"cross_entropy": 1.0}, {"output_kl": 2.0}, {"cross_entropy": 1.0, "output_kl": 2.0}
+MakeConfig = Callable[..., Config]
+SavedBytes = Callable[..., int]
+MostAllocated = Callable[[Callable[[], object]], int]
+
+
+@pytest.fixture
+def sizes(micro_model: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSizes:
+    """A model with a large vocabulary, whose logits are formed a few positions at a time."""
+    monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": 40 * _VOCABULARY * 4})
+    micro = read_sizes(micro_model)
+    dimensions = dataclasses.replace(micro.dimensions, hidden_size=_HIDDEN, layers=6, experts=128)
+    return dataclasses.replace(micro, vocabulary=_VOCABULARY, dimensions=dimensions)
+
+
+def _config(make: MakeConfig, run: Path, mode: str, terms: dict[str, float], **settings: object) -> Config:
+    sources = {"play": {"sequences_per_step": 4, "cross_entropy": 1.0}, "prose": {"sequences_per_step": 2, **terms}}
+    how = {"train.mode": "online"} if mode == "online" else {"targets.mode": mode}
+    return make(run, **{**how, "train.sources": sources, "data.sequence_length": _LENGTH, **settings})
+
+
+def _teacher(mode: str, dtype: torch.dtype) -> OutputTargets:
+    ids = torch.arange(16).expand(_POSITIONS, 16)
+    if mode == "topk":
+        log_probs = torch.randn(_POSITIONS, 17).log_softmax(-1)
+        return TopKTargets(ids, log_probs[:, :16].contiguous(), log_probs[:, 16].contiguous())
+    if mode == "sampled":
+        return SampledTargets(ids, torch.ones(_POSITIONS))
+    return HiddenTargets(torch.randn(_POSITIONS, _HIDDEN).to(dtype))
+
+
+def _loss(config: Config, sizes: ModelSizes, dtype: torch.dtype, teacher: dict[str, object]) -> Callable[[], Tensor]:
+    ids = torch.randint(0, _VOCABULARY, (_SEQUENCES, _LENGTH))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 0] = False
+    tokens = torch.full((_SEQUENCES,), _LENGTH)
+    part = MicroBatch("prose", TargetBatch(ids, tokens, mask, **teacher))  # type: ignore[arg-type]
+    dimensions = sizes.dimensions
+    routers = torch.randn(_SEQUENCES, _LENGTH, dimensions.layers, dimensions.experts).to(dtype).requires_grad_(True)
+    output = Output(
+        torch.randn(_SEQUENCES, _LENGTH, _HIDDEN).to(dtype).requires_grad_(True),
+        routers,
+        torch.randn(_VOCABULARY, _HIDDEN).to(dtype),
+    )
+    section = config.train.sources["prose"]
+    weights = shares(section, term_counts({"prose": section}, {"prose": _POSITIONS}, {"prose": 128}))
+    return lambda: loss_of(part, output, config.train, weights)[0]
+
+
+def _planned(config: Config, sizes: ModelSizes, dtype: torch.dtype) -> LossBuffers:
+    return loss_buffers({"prose": _SEQUENCES}, config, sizes, source_targets(config, sizes, {}), dtype.itemsize)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mode", ["offline", "online"])
+@pytest.mark.parametrize("mode", ["topk", "sampled", "hidden", "online"])
 @pytest.mark.parametrize("terms", _TERMS, ids=lambda terms: "+".join(terms))
-def test_saved_bytes_of_a_source(
-    micro_config: Callable[..., Config],
-    saved_bytes: Callable[..., int],
-    most_allocated: Callable[[Callable[[], object]], int],
+def test_next_token_losses_take_what_is_planned(
+    micro_config: MakeConfig,
+    sizes: ModelSizes,
+    saved_bytes: SavedBytes,
+    most_allocated: MostAllocated,
     tmp_path: Path,
     mode: str,
-    terms: dict,
+    terms: dict[str, float],
     dtype: torch.dtype,
 ) -> None:
-    sources = {"play": {"sequences_per_step": 4, "cross_entropy": 1.0}, "prose": {"sequences_per_step": 2, **terms}}
-    config = micro_config(tmp_path, **{"train.mode": mode, "train.sources": sources})
-    logits = torch.randn(2, _LENGTH, _VOCABULARY).to(dtype).requires_grad_(True)
-    top = compress(torch.randn(2, _LENGTH, 32), 16)
-    teacher = Teacher(logits=torch.randn(2, _LENGTH, _VOCABULARY).to(dtype)) if mode == "online" else Teacher(top=top)
-    ids = torch.randint(0, _VOCABULARY, (2, _LENGTH))
-    batch = MicroBatch("prose", ids, torch.ones_like(ids, dtype=torch.bool), teacher)
-    section = config.train.sources["prose"]
-    counts = term_counts({"prose": section}, {"prose": 30}, {"prose": 32})
+    config = _config(micro_config, tmp_path, mode, terms)
+    planned = _planned(config, sizes, dtype)
+    loss = _loss(config, sizes, dtype, {"output": _teacher(mode, dtype)})
+    hidden = _SEQUENCES * _LENGTH * _HIDDEN * dtype.itemsize
+    taught = _POSITIONS * _HIDDEN * dtype.itemsize if mode == "online" and "output_kl" in terms else 0
+    saved = planned.kept - hidden - taught
+    assert saved == pytest.approx(saved_bytes(loss), rel=0.05)
+    assert saved + planned.chunk + planned.working == pytest.approx(most_allocated(loss), rel=0.05)
+    assert most_allocated(loss().backward) < 4 * hidden  # nothing over the vocabulary
 
-    def loss() -> Tensor:
-        return combine(token_sums(batch, logits, torch.zeros(0), section, 1.0), section, counts)
 
-    planned = loss_buffers({"prose": 2}, config, vocabulary=_VOCABULARY, itemsize=dtype.itemsize, length=_LENGTH)
-    assert planned.saved == pytest.approx(saved_bytes(loss), rel=0.1)
-    assert planned.saved + planned.forward == pytest.approx(most_allocated(loss), rel=0.1)
-    assert planned.backward == pytest.approx(most_allocated(loss().backward), rel=0.1)
+@pytest.mark.parametrize("form", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("mode", ["topk", "hidden"])
+def test_every_divergence_takes_what_is_planned(
+    micro_config: MakeConfig, sizes: ModelSizes, most_allocated: MostAllocated, tmp_path: Path, mode: str, form: str
+) -> None:
+    settings = {"train.output_divergence": form, "train.output_temperature": 2.0}
+    config = _config(micro_config, tmp_path, mode, {"output_kl": 1.0}, **settings)
+    planned = _planned(config, sizes, torch.float32)
+    loss = _loss(config, sizes, torch.float32, {"output": _teacher(mode, torch.float32)})
+    assert planned.chunk == pytest.approx(most_allocated(loss), rel=0.07)
+
+
+@pytest.mark.parametrize(("mode", "layers", "every"), [("online", 6, 1), ("topk", 6, 1), ("topk", 5, 4)])
+def test_router_losses_take_what_is_planned(
+    micro_config: MakeConfig,
+    sizes: ModelSizes,
+    saved_bytes: SavedBytes,
+    most_allocated: MostAllocated,
+    tmp_path: Path,
+    mode: str,
+    layers: int,
+    every: int,
+) -> None:
+    settings = {"targets.router_layers": list(range(layers)), "targets.router_every": every}
+    config = _config(micro_config, tmp_path, mode, {"router_kl": 1.0}, **settings)
+    planned = _planned(config, sizes, torch.float32)
+    positions = _SEQUENCES * _LENGTH // every
+    routers = RouterTargets(tuple(range(layers)), every, logits=torch.randn(positions, layers, 128))
+    loss = _loss(config, sizes, torch.float32, {"router": routers})
+    of_teacher = routers.logits.nbytes if mode == "online" else 0
+    saved = planned.kept - _SEQUENCES * _LENGTH * _HIDDEN * 4 - of_teacher
+    assert saved == pytest.approx(saved_bytes(loss), rel=0.05)
+    assert saved + planned.working == pytest.approx(most_allocated(loss), rel=0.1)
+
+
+def test_validation_forms_the_cross_entropy_of_every_source_and_keeps_no_gradient(
+    micro_config: MakeConfig, sizes: ModelSizes, tmp_path: Path
+) -> None:
+    config = _config(micro_config, tmp_path, "topk", {"output_kl": 1.0})
+    targets = source_targets(config, sizes, {})
+    training, validating = (
+        loss_buffers({"prose": 2}, config, sizes, targets, 4, validating=validating) for validating in (False, True)
+    )
+    unit = 40 * _VOCABULARY * 4
+    assert (training.chunk, validating.chunk) == (2 * unit, 3 * unit)
+    assert validating.kept == _SEQUENCES * _LENGTH * _HIDDEN * 4 < training.kept
+
+
+def test_the_vocabulary_does_not_meet_the_batch(micro_config: MakeConfig, sizes: ModelSizes, tmp_path: Path) -> None:
+    config = _config(micro_config, tmp_path, "topk", {"output_kl": 1.0})
+    targets = source_targets(config, sizes, {})
+    few, many = (loss_buffers({"prose": count}, config, sizes, targets, 4) for count in (2, 200))
+    assert few.chunk == many.chunk
+    assert many.kept == 100 * few.kept
 
 
 @pytest.mark.parametrize(("workers", "size"), [(1, 3), (2, 3), (3, 2), (2, 64)])
-def test_micro_batches_are_those_that_training_forms(
-    micro_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, size: int
+def test_every_sequence_of_a_step_is_in_one_micro_batch_of_bounded_size(
+    micro_config: MakeConfig, tmp_path: Path, workers: int, size: int
 ) -> None:
     config = micro_config(tmp_path, **{"resources.workers": workers, "train.micro_batch_sequences": size})
-    monkeypatch.setattr(trainer, "world", lambda: (0, workers))
-    task = SimpleNamespace(train=config.train)
-    rows = {name: np.arange(section.sequences_per_step) for name, section in config.train.sources.items()}
-    formed = [{name: len(part) for name, part in group} for group in DistilTask._share(task, rows)]
-    assert micro_batches(config) == formed
-    assert worker_steps(config) == len(formed)
-
-
-def test_only_an_online_teacher_has_logits(micro_config: Callable[..., Config], tmp_path: Path) -> None:
-    sizes = {"vocabulary": 100, "itemsize": 2, "length": 10}
-    batch = {"play": 1, "prose": 3}
-    offline, online = (micro_config(tmp_path, **{"train.mode": mode}) for mode in ("offline", "online"))
-    assert online_teacher(batch, offline, **sizes) == 0
-    assert online_teacher(batch, online, **sizes) == 3 * 100 * 2 * 10  # prose alone learns from the teacher
+    counts = [sum(batch.values()) for batch in micro_batches(config)]
+    assert sum(counts) == -(-8 // workers)  # of 4 + 4, what the first worker takes
+    assert all(count == size for count in counts[:-1])
+    assert counts[-1] <= size

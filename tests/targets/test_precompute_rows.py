@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+from precompute_here import run_workers_here
 
 from nexus_ray.config import Config, ResourcesSection
 from nexus_ray.errors import DataError
-from nexus_ray.targets import precompute as module
-from nexus_ray.targets.precompute import PrecomputeJob, precompute
-from nexus_ray.targets.reader import read_table
+from nexus_ray.targets.format import MANIFEST
+from nexus_ray.targets.writing import precompute as module
+from nexus_ray.targets.writing.job import PrecomputeJob, job_of_text
+from nexus_ray.targets.writing.precompute import precompute
 
 
 @pytest.fixture(autouse=True)
-def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def map_in_process(
-        worker: type, arguments: dict[str, Any], items: Sequence[dict[str, Any]], *_: object
-    ) -> Iterator[dict[str, Any]]:
-        call = worker(**arguments)
-        return (call(item) for item in items)
-
-    monkeypatch.setattr(module, "map_over_pool", map_in_process)
+def _workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_workers_here(monkeypatch)
 
 
 @pytest.fixture
@@ -36,7 +33,7 @@ def job(micro_config: Callable[..., Config], micro_texts: Path, micro_model: Pat
         (tmp_path / "a.jsonl").write_text("\n".join([*lines[:5], *bad, *lines[5:]]) + "\n")
         overrides = {"data.sources.play.train": str(tmp_path / "a.jsonl"), "data.strict": strict}
         config = micro_config(tmp_path / "run", **overrides)
-        return PrecomputeJob(config.data, ("play",), micro_model, None, None, "recipe")
+        return replace(job_of_text(config.data, micro_model), names=("play",))
 
     return make
 
@@ -54,13 +51,14 @@ def test_such_rows_are_left_out_and_reported_once(job, tmp_path: Path, caplog) -
     assert sum(file.tokens for file in found.files) == pytest.approx(sum(file.tokens for file in whole.files), rel=0.01)
     [warning] = warnings(caplog)
     assert "data.sources.play.train: 2 rows cannot be read and are left out" in warning
-    assert read_table(tmp_path / "broken" / found.files[0].name).num_rows == found.files[0].sequences
+    assert pq.read_table(tmp_path / "broken" / found.files[0].name).num_rows == found.files[0].sequences
+    assert [file.unreadable for file in found.files if file.unreadable] == [2]
 
 
 def test_a_strict_run_stops_at_the_first(job, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl, byte \d+: not a JSON line"):
         precompute(job(["no json"], strict=True), tmp_path / "targets", ResourcesSection())
-    assert not (tmp_path / "targets").exists()
+    assert not (tmp_path / "targets" / MANIFEST).exists()
 
 
 def test_rows_that_an_interrupted_call_left_out_are_reported_too(job, tmp_path: Path, monkeypatch, caplog) -> None:
@@ -68,7 +66,7 @@ def test_rows_that_an_interrupted_call_left_out_are_reported_too(job, tmp_path: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_manifest", interrupted)
+        patch.setattr(module, "_check_enough_text", interrupted)
         with pytest.raises(KeyboardInterrupt):
             precompute(job(["no json"]), tmp_path / "targets", ResourcesSection())
     caplog.clear()

@@ -1,0 +1,1 @@
+"""How a teacher's distributions become bytes, a fixed number a position, and distributions again."""

@@ -1,0 +1,1 @@
+"""Looking into a target set: what it holds, what it takes, and a sequence in words."""

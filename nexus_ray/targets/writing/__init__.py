@@ -1,0 +1,1 @@
+"""Making a target set: packed text, what the teacher says about it, shards, the commit."""
