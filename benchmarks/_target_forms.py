@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import log
 
 import torch
@@ -30,6 +31,11 @@ class Outputs:
     logits: Tensor
     log_probs: Tensor
     probs: Tensor
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """[positions] in nats."""
+        return -(self.probs * self.log_probs).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Spread:
         crossed = -(kept * self.log_probs).sum(-1) - rest * self.other
         events = torch.cat([kept, rest.unsqueeze(-1)], dim=-1)
         lost = torch.xlogy(events, events) - events * self.events(vocabulary)
-        return {"kl": float((crossed - _entropy(teacher)).sum()), "events": float(lost.sum())}
+        return {"kl": float((crossed - teacher.entropy).sum()), "events": float(lost.sum())}
 
 
 @dataclass(frozen=True)
@@ -131,10 +137,6 @@ def hidden_form(dtype: str, head: Tensor) -> Form:
         one = encoding(teacher.hidden.shape[-1])
         logits = logits_of(one.decode(one.encode(teacher.hidden)).hidden, head)
         crossed = -(teacher.probs * logits.double().log_softmax(-1)).sum(-1)
-        return {"kl": float((crossed - _entropy(teacher)).sum())}
+        return {"kl": float((crossed - teacher.entropy).sum())}
 
     return Form(lambda _, size: sum(encoding(size).widths().values()), losses)
-
-
-def _entropy(teacher: Outputs) -> Tensor:
-    return -(teacher.probs * teacher.log_probs).sum(-1)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from nexus_ray.config import ModelSection
 from nexus_ray.console import progress
-from nexus_ray.errors import NexusError
+from nexus_ray.errors import ConfigError, NexusError
 from nexus_ray.modeling.head import logits_of
 from nexus_ray.modeling.loading import load_base
 from nexus_ray.targets.encoding.encodings import SampledEncoding
@@ -83,8 +83,7 @@ def ask(directory: Path, tokens: int) -> Teacher:
         lines = (_ROOT / "assets" / "text" / f"{source}.heldout.jsonl").read_text(encoding="utf-8").splitlines()
         text = "\n".join(json.loads(line)["text"] for line in lines)[: 16 * rows * _LENGTH]
         ids = torch.tensor(base.tokenizer(text, verbose=False)["input_ids"][: rows * _LENGTH]).view(rows, _LENGTH)
-        for row in ids.split(1):
-            found.append(base.hidden_states(row, torch.ones_like(row, dtype=torch.bool))[0][0])
+        found.append(base.hidden_states(ids, torch.ones_like(ids, dtype=torch.bool))[0].flatten(0, 1))
     return Teacher(torch.cat(found), base.head.detach())
 
 
@@ -285,6 +284,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with command_line():
+        least = _LENGTH * len(_SOURCES)
+        if arguments.tokens < least:
+            raise ConfigError(f"--tokens {arguments.tokens}: a sequence of each source is {least}", f"--tokens {least}")
         models, skipped = {"tiny": arguments.tiny}, {}
         try:
             models["smollm2-moe"] = smollm2(arguments.smollm2)

@@ -1,6 +1,6 @@
 """A layer's parts timed one by one on this machine's cores, on random values of the model's shapes.
 
-No weight is read and no model is built: the routed experts are the project's own module with a few of them, attention is
+No weight is read and no model is built: the routed experts are the project's own module, attention is
 written out as transformers' eager GPT-OSS computes it.
 """
 

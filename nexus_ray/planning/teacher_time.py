@@ -20,6 +20,7 @@ from nexus_ray.planning.target_sizes import SourceTargets
 from nexus_ray.targets.encoding.encodings import HiddenEncoding, OutputEncoding, SampledEncoding
 
 SUSTAINED_GPU_FLOP = 100e12  # a second; assumed, not measured
+_BETWEEN_PARTS = 1.1  # rotations, routing, copies: what `benchmarks/teacher_time.py` shows beside the timed parts
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _seconds_per_token(config: Config, sizes: ModelSizes, sequences: int) -> tup
     used = min(dimensions.experts, shape.tokens * dimensions.experts_per_token)
     experts = used * speed.expert / shape.tokens
     attention = sizes.attention_heads * speed.head / shape.length
-    return dimensions.layers * (experts + attention + speed.token), head_flop(sizes) * speed.flop
+    return _BETWEEN_PARTS * dimensions.layers * (experts + attention + speed.token), head_flop(sizes) * speed.flop
 
 
 @cache

@@ -3,16 +3,13 @@
 The kills come at random moments after another shard is there, so that some of them hit a worker in the middle of one.
 """
 
-import os
 import random
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from killed_commands import PATIENCE_SECONDS, kill_with_everything_it_started, start_stage
 
 from nexus_ray.config import save_config
 from nexus_ray.layout import RunLayout
@@ -20,7 +17,6 @@ from nexus_ray.targets.format import MANIFEST
 from nexus_ray.targets.writing import precompute
 
 pytestmark = pytest.mark.ray
-_PATIENCE_SECONDS = 120
 _SMALL_SHARDS = {
     "data.shard_bytes": 1024,
     "targets.batch_sequences": 1,
@@ -30,25 +26,6 @@ _SMALL_SHARDS = {
 _KILLS = 2
 
 
-def command(config_path: Path, log: Path) -> subprocess.Popen[bytes]:
-    """`nexus-ray precompute` in a process of its own, which starts a Ray of its own."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    arguments = [sys.executable, "-m", "nexus_ray", "precompute", str(config_path)]
-    with log.open("ab") as output:
-        return subprocess.Popen(arguments, env=environment, stdout=output, stderr=output, start_new_session=True)
-
-
-def kill_with_everything_it_started(process: subprocess.Popen[bytes]) -> None:
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        try:
-            member.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, timeout=30)
-    process.wait(timeout=30)
-
-
 def shards(directory: Path) -> dict[str, int]:
     """When each shard that has a record was written."""
     records = [path for path in directory.glob("*.json") if path.name != MANIFEST]
@@ -56,7 +33,7 @@ def shards(directory: Path) -> dict[str, int]:
 
 
 def wait_for_another_shard(directory: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline, before = time.monotonic() + _PATIENCE_SECONDS, len(shards(directory))
+    deadline, before = time.monotonic() + PATIENCE_SECONDS, len(shards(directory))
     while time.monotonic() < deadline:
         assert process.poll() is None, "it ended before it could be killed"
         if len(shards(directory)) > before:
@@ -89,7 +66,7 @@ def test_sigkill_at_random_moments_and_a_restart_give_the_same_files(make_micro_
     directory, log = RunLayout(config.run.directory).targets, tmp_path / "log.txt"
     done: dict[str, int] = {}
     for _ in range(_KILLS):
-        process = command(tmp_path / "killed.yaml", log)
+        process = start_stage("precompute", tmp_path / "killed.yaml", log)
         wait_for_another_shard(directory, process)
         time.sleep(generator.uniform(0, 0.05))
         kill_with_everything_it_started(process)
@@ -98,7 +75,7 @@ def test_sigkill_at_random_moments_and_a_restart_give_the_same_files(make_micro_
         assert after.items() > done.items(), "what was done is kept as it is"
         done = after
 
-    assert command(tmp_path / "killed.yaml", log).wait(_PATIENCE_SECONDS) == 0, log.read_text()
+    assert start_stage("precompute", tmp_path / "killed.yaml", log).wait(PATIENCE_SECONDS) == 0, log.read_text()
     assert f"continuing: {len(done)} of " in log.read_text()
     assert all((directory / f"{name}.parquet").stat().st_mtime_ns == time for name, time in done.items())
     assert contents(directory) == contents(whole)

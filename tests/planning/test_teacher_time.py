@@ -88,9 +88,9 @@ def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_of_a_layer_add_up_to_a_pass(
     micro_config: MakeConfig, sizes: ModelSizes, times: Times, tmp_path: Path
 ) -> None:
-    """A batch of 4 sequences of 64 tokens meets all 8 experts, 2 heads a sequence, in each of 2 layers."""
+    """A batch of 4 sequences of 64 tokens meets all 8 experts, 2 heads a sequence, in both layers; and a tenth more."""
     found = times(micro_config(tmp_path, **{"resources.workers": 2}))
-    batch = 2 * (8 + 4 * 2 + 4 * 64) * 1e-3
+    batch = 1.1 * 2 * (8 + 4 * 2 + 4 * 64) * 1e-3
     assert found["collect"].seconds == pytest.approx(4096 / 256 * batch / 2)
     with_head = batch / 256 + 2 * 64 * sizes.vocabulary * 1e-9 + 1e-3
     assert found["precompute"].seconds == pytest.approx(50_000 * with_head / 2)
