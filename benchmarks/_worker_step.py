@@ -1,4 +1,5 @@
-"""A training worker's steps in a plain process: what `DistilTask` does with a run's micro-batches, without Ray.
+"""A training worker's steps in a plain process: what `DistilTask` does with a run's micro-batches, without Ray and
+without reading ahead; router targets are all logits of all layers.
 
 Token ids and stored teacher targets are random; the model, the shared experts' shape, the losses and their weights,
 the order of micro-batches, clipping and AdamW are the run's. The base is one that exists, or a checkpoint of true

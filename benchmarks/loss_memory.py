@@ -45,16 +45,15 @@ def chunked(hidden: Tensor, head: Tensor, next_ids: Tensor, teacher: OutputTarge
 
 def dense(hidden: Tensor, head: Tensor, next_ids: Tensor, teacher: OutputTargets | None, count: int) -> Tensor:
     """The same on logits of all positions, by autograd."""
-    logits = F.linear(hidden, head)
-    total = F.cross_entropy(logits.float(), next_ids, reduction="sum")
+    log_q = F.log_softmax(F.linear(hidden, head).float(), dim=-1)
+    total = F.nll_loss(log_q, next_ids, reduction="sum")
     if teacher is not None:
-        total = total + dense_divergence(logits, head, teacher).sum()
+        total = total + dense_divergence(log_q, head, teacher).sum()
     return total / count
 
 
-def dense_divergence(logits: Tensor, head: Tensor, teacher: OutputTargets) -> Tensor:
-    """[positions] forward KL."""
-    log_q = F.log_softmax(logits.float(), dim=-1)
+def dense_divergence(log_q: Tensor, head: Tensor, teacher: OutputTargets) -> Tensor:
+    """[positions] forward KL of the student's log-probabilities [positions, V]."""
     if isinstance(teacher, HiddenTargets):
         log_p = F.log_softmax(F.linear(teacher.hidden, head).float(), dim=-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1)

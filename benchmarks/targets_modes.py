@@ -7,7 +7,8 @@ order, the same number of tokens, the same weights of the losses. Only what is k
     topk     the most likely tokens and the mass of the rest
     sampled  draws from the teacher's distribution; a fourfold number of draws too
     hidden   final hidden states, in bfloat16 and in float8
-    none     tokens only: nothing holds the model to what it was, so the retention sources have no loss
+    none     tokens only: nothing holds the model to what it was; the retention sources have no loss and are left out,
+             so that a step has the same tokens of the domain and no others
 
 Runs are kept in `--directory`: the same command continues what was stopped. Prints a Markdown table (differences to the
 base, in nats a token, with 95 % intervals over the held-out sequences of this one run) and one JSON object.

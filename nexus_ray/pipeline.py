@@ -93,6 +93,8 @@ def run_pipeline(config: Config, first: str | None = None, last: str | None = No
     """
     names = _between(first, last)
     run = Run(config)
+    if "precompute" in names:
+        check_targets(config)
     with locked(run):
         if first:
             forget(run, first)
@@ -121,6 +123,18 @@ def forget(run: Run, name: str) -> None:
     _started_path(run.layout, name).unlink(missing_ok=True)
     _remove(BY_NAME[name].state(run.layout))
     _remove(BY_NAME[name].reused(run.layout))
+
+
+def check_targets(config: Config) -> None:
+    """Refuse targets that the model cannot give, before the stages that come earlier take their time.
+
+    Raises:
+        ConfigError: a setting does not fit the model.
+        ModelError: the base model is missing or damaged.
+    """
+    from nexus_ray.targets.writing.job import job_of_run
+
+    job_of_run(config)
 
 
 @contextmanager

@@ -175,8 +175,12 @@ class TestValues:
 
 class TestCrossFieldChecks:
     def test_a_trained_source_must_exist(self, minimal):
-        message = refusal(minimal, "train.sources.pley.sequences_per_step=1")
+        message = refusal(minimal, "train.sources.pley={sequences_per_step: 1, cross_entropy: 1}")
         assert "train.sources: there is no source 'pley' in data.sources; did you mean 'play'?" in message
+
+    def test_a_trained_source_must_have_a_loss(self, minimal):
+        message = refusal(minimal, "train.sources.play={sequences_per_step: 1}")
+        assert "train.sources.play: it has no loss: give it cross_entropy" in message
 
     def test_a_selected_source_must_exist(self, minimal):
         assert "select.sources: there is no source 'verse'" in refusal(minimal, "select.sources=[verse]")

@@ -211,9 +211,9 @@ class TargetsSection(Section):
         "and the mass of the rest, smaller",
     )
     router_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        None, min_length=1, description="layers whose routers are stored, from 0; default: all"
+        None, min_length=1, description="layers whose routers are stored, from 0; default: all (online: always all)"
     )
-    router_every: int = Field(1, ge=1, description="store routers of every n-th position only")
+    router_every: int = Field(1, ge=1, description="store routers of every n-th position only (online: all)")
     max_tokens: int | None = Field(
         None, ge=1, description="tokens wanted of each source, in whole shards; default: all of its text"
     )
@@ -232,8 +232,14 @@ class TrainSourceSection(Section):
 
     sequences_per_step: int = Field(ge=1, description="sequences of this source in each global batch")
     cross_entropy: float = Field(0.0, ge=0, description="weight of next-token cross-entropy")
-    output_kl: float = Field(0.0, ge=0, description="weight of KL(teacher || student) on next-token distributions")
+    output_kl: float = Field(0.0, ge=0, description="weight of train.output_divergence from the teacher")
     router_kl: float = Field(0.0, ge=0, description="weight of KL(teacher || student) on router distributions")
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> Self:
+        if not (self.cross_entropy or self.output_kl or self.router_kl):
+            raise ValueError("it has no loss: give it cross_entropy, output_kl or router_kl, or leave it out")
+        return self
 
 
 class ScheduleSection(Section):

@@ -8,11 +8,10 @@ from nexus_ray.modeling.head import chunk_positions
 from nexus_ray.planning.needs import Part, Phase, phase
 from nexus_ray.planning.target_sizes import SourceTargets
 from nexus_ray.planning.worker import FLOAT32, Worker
+from nexus_ray.targets.encoding.chunks import encoded_positions
 from nexus_ray.targets.encoding.encodings import OutputEncoding, SampledEncoding
 from nexus_ray.targets.format import ROW_GROUP_BYTES
 
-# Float32 logits that are encoded together on a CPU (`targets/writing/teaching.py`); on a GPU a whole chunk is.
-ENCODED_LOGITS = 1 << 20
 # Float32 buffers of the size of these logits at the worst moment of their encoding; one more where they are cast.
 _TOP_K_UNITS, _SAMPLED_UNITS = 1, 7
 _COPIES = 2  # of a batch's encoded targets: in pieces and joined; of a row group: as a table and in Parquet
@@ -38,7 +37,7 @@ def _head(worker: Worker, source: SourceTargets) -> tuple[Part, ...]:
         return ()
     vocabulary, tokens = worker.sizes.vocabulary, worker.work(worker.config.targets.batch_sequences).tokens
     positions = min(chunk_positions(vocabulary, worker.device), tokens)
-    encoded = min(positions, max(1, ENCODED_LOGITS // vocabulary)) if worker.device == "cpu" else positions
+    encoded = min(positions, encoded_positions(vocabulary, worker.device))
     buffer = encoded * vocabulary * FLOAT32
     logits, following = (count * vocabulary * worker.dtype.itemsize for count in (positions, tokens - positions))
     beside = max(encoding_units(source.output, worker.dtype) * buffer, min(logits, following))

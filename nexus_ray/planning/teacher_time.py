@@ -13,10 +13,10 @@ from functools import cache
 import torch
 
 from nexus_ray.config import Config
-from nexus_ray.planning.precomputing import ENCODED_LOGITS
 from nexus_ray.planning.probe import LayerShape, seconds, time_layer, with_threads
 from nexus_ray.planning.sizes import ModelSizes
 from nexus_ray.planning.target_sizes import SourceTargets
+from nexus_ray.targets.encoding.chunks import encoded_positions
 from nexus_ray.targets.encoding.encodings import HiddenEncoding, OutputEncoding, SampledEncoding
 
 SUSTAINED_GPU_FLOP = 100e12  # a second; assumed, not measured
@@ -87,7 +87,7 @@ def _pass_time(
     length, resources = config.data.sequence_length, config.resources
     flop = tokens * flop_per_token(sizes, length, head=False) + headed * head_flop(sizes)
     if config.compute_device == "cuda":
-        gpus = resources.workers * (resources.gpus_per_worker or 1)
+        gpus = resources.workers * min(1, resources.gpus_per_worker or 1)  # those of one worker take turns
         return PassTime(stage, tokens, flop, flop / (SUSTAINED_GPU_FLOP * gpus), measured=False)
     layers, head = _seconds_per_token(config, sizes, sequences)
     if output is not None:
@@ -120,7 +120,7 @@ def _encoding_seconds(encoding: OutputEncoding, threads: int) -> float:
     """Of encoding one position on this machine's cores."""
     if isinstance(encoding, HiddenEncoding):
         return 0.0
-    rows = max(1, ENCODED_LOGITS // encoding.vocabulary)
+    rows = encoded_positions(encoding.vocabulary, "cpu")
     logits = torch.randn(rows, encoding.vocabulary, generator=torch.Generator().manual_seed(0))
     with with_threads(threads), torch.inference_mode():
         if isinstance(encoding, SampledEncoding):

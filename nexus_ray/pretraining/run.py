@@ -20,7 +20,6 @@ from nexus_ray.modeling.loading import load_base
 from nexus_ray.pretraining.model import build_config, new_model
 from nexus_ray.pretraining.task import pretrain_worker
 from nexus_ray.storage import write_json
-from nexus_ray.targets.format import MANIFEST
 from nexus_ray.targets.writing.job import job_of_text
 from nexus_ray.targets.writing.precompute import precompute
 from nexus_ray.training import trainer
@@ -54,8 +53,7 @@ def pretrain(run: PretrainRun) -> Path:
             f"resources.workers={run.resources.workers}"
         )
     layout = RunLayout(run.run.directory)
-    if not (layout.targets / MANIFEST).exists():
-        precompute(job_of_text(run.data, run.pretrain.tokenizer), layout.targets, run.resources)
+    precompute(job_of_text(run.data, run.pretrain.tokenizer), layout.targets, run.resources)
     trainer.run_distributed(
         pretrain_worker,
         {"run": run.model_dump(mode="json")},

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GptOssForCausalLM, PreTrainedTokenizerBa
 from nexus_ray.cluster import set_worker_threads
 from nexus_ray.config import PretrainRun
 from nexus_ray.data.packing import separator_id
+from nexus_ray.data.vocabulary import tokenizer_digest
 from nexus_ray.layout import RunLayout
 from nexus_ray.memory import bound_shape_caches
 from nexus_ray.pretraining.model import build_config, new_model
@@ -56,7 +57,9 @@ class PretrainTask:
         self.parallel = trainer.data_parallel(self.module)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.optimiser: torch.optim.Optimizer = adamw(self.parameters, section.optimiser)
-        self.targets = TargetSet.open(RunLayout(run.run.directory).targets)
+        self.targets = TargetSet.open(
+            RunLayout(run.run.directory).targets, tokenizer_sha256=tokenizer_digest(self.tokenizer)
+        )
         numbers = np.concatenate([self.targets.sequences(name) for name in run.data.sources])
         self.order = SourceOrder(
             numbers, section.sequences_per_step, section.validation_sequences, run.run.seed, "pretrain"

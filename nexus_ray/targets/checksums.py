@@ -17,6 +17,7 @@ from nexus_ray.targets.format import REMAKE
 
 BLOCK_BYTES = 1 << 18
 MAKE_AGAIN = f"delete it and {REMAKE}: only this shard is made again"
+_VERIFIED_BYTES = 32 * BLOCK_BYTES  # of one request when all of a file is read
 _DIGITS = 8  # hexadecimal, of a CRC-32
 
 ReadRange = Callable[[int, int], bytes]
@@ -84,8 +85,8 @@ class CheckedBytes:
         """
         self._passed = bytearray(len(self._passed))
         found = hashlib.sha256()
-        for start in range(0, self.size, BLOCK_BYTES):
-            content = self.read(start, min(start + BLOCK_BYTES, self.size))
+        for start in range(0, self.size, _VERIFIED_BYTES):
+            content = self.read(start, min(start + _VERIFIED_BYTES, self.size))
             found.update(content)
             advance(len(content))
         if found.hexdigest() != sha256:

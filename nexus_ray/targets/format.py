@@ -8,16 +8,16 @@ once, so a set can be read while shards are added beside it.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nexus_ray.errors import ArtefactError
 from nexus_ray.targets.encoding.encodings import OutputEncoding
 from nexus_ray.targets.encoding.routers import RouterEncoding
 
-FORMAT_VERSION = 2
+FORMAT_VERSION: Literal[2] = 2
 MANIFEST = "manifest.json"
 REMAKE = "run `nexus-ray precompute CONFIG`"
 METADATA_KEY = b"nexus_ray.targets"
@@ -31,6 +31,9 @@ _TOKENS = (
     ("input_ids", pa.list_(pa.int32())),
     ("loss_mask", pa.list_(pa.bool_())),
 )
+
+
+_Count = Annotated[int, Field(ge=0)]
 
 
 class _Record(BaseModel):
@@ -52,7 +55,7 @@ class Header(_Record):
         router: how routers are encoded; None without them.
     """
 
-    format_version: int = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     base_fingerprint: str | None
     compute: dict[str, str] | None
     tokenizer_sha256: str
@@ -85,15 +88,15 @@ class TargetFile(_Record):
     name: str
     source: str
     text: str
-    sequences: int
-    tokens: int
-    targets: int
+    sequences: _Count
+    tokens: _Count
+    targets: _Count
     output: bool
     router: bool
-    bytes: int
+    bytes: _Count
     sha256: str
     blocks: str
-    unreadable: int = 0
+    unreadable: _Count = 0
     unreadable_example: str = ""
 
 
@@ -121,7 +124,7 @@ class Manifest(Header):
             ArtefactError: it is no manifest, or one of another format version.
         """
         found = values.get("format_version") if isinstance(values, dict) else None
-        if isinstance(found, int) and found != FORMAT_VERSION:
+        if isinstance(values, dict) and found != FORMAT_VERSION:
             raise ArtefactError(f"{place} is of target format {found}, not {FORMAT_VERSION}", REMAKE)
         try:
             return cls.model_validate(values)

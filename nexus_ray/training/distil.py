@@ -101,19 +101,22 @@ class DistilTask:
         """Backward passes of one global batch; records the loss and each of its terms (nats a token)."""
         batch = self.feed.training(step)
         counts = self.feed.counts(batch)
-        _, world_size = trainer.world()
         terms = self._zeros(TERMS)
         for parts, is_last in self.feed.step(step):
             with trainer.synchronise_if(self.parallel, is_last):
-                loss = torch.zeros((), dtype=torch.float64, device=self.student.device)
-                for part, output in self._outputs(parts, self.parallel):
-                    weights = shares(self.train.sources[part.source], counts)
-                    value, sums = loss_of(part, output, self.train, weights)
-                    loss = loss + value
-                    _add(terms, sums, weights)
-                # DDP averages gradients over workers: the global mean needs the factor back.
-                (loss * world_size).backward()
+                self._backward(parts, counts, terms)
         return _record(terms, counts) | {"tokens": sum(self.feed.num_targets(batch).values())}
+
+    def _backward(self, parts: list[MicroBatch], counts: dict[str, int], terms: dict[str, Tensor]) -> None:
+        """One micro-batch, of which nothing is left but gradients and what is added to `terms`."""
+        loss = torch.zeros((), dtype=torch.float64, device=self.student.device)
+        for part, output in self._outputs(parts, self.parallel):
+            weights = shares(self.train.sources[part.source], counts)
+            value, sums = loss_of(part, output, self.train, weights)
+            loss = loss + value
+            _add(terms, sums, weights)
+        # DDP averages gradients over workers: the global mean needs the factor back.
+        (loss * trainer.world()[1]).backward()
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:

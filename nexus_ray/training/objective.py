@@ -76,7 +76,7 @@ def term_counts(
 def shares(section: TrainSourceSection, counts: Mapping[str, int]) -> dict[str, float]:
     """What a source's sum of each of its terms is multiplied by in the global loss."""
     weights = {term: weight_of(section, term) for term in TERMS}
-    return {term: weight / counts[term] for term, weight in weights.items() if weight}
+    return {term: weight / max(1, counts[term]) for term, weight in weights.items() if weight}
 
 
 def loss_of(

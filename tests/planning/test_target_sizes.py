@@ -170,8 +170,8 @@ def test_head_and_encoding_allocate_what_is_planned(
     phases = precompute_phases(Worker.of(config, wide, _TEXT))
     planned = {part.name: part.size for part in phases[-1].parts}
     kind = getattr(torch, dtype)
-    model = SimpleNamespace(head=torch.randn(_WIDE, 32).to(kind))
-    header = SimpleNamespace(output=source_targets(config, wide, _TEXT)["prose"].output)
+    model = SimpleNamespace(head=torch.randn(_WIDE, 32).to(kind), fingerprint="base")
+    header = SimpleNamespace(output=source_targets(config, wide, _TEXT)["prose"].output, base_fingerprint="base")
     teacher, hidden = EncodingTeacher(model, header), torch.randn(6 * 63, 32).to(kind)  # type: ignore[arg-type]
     measured = most_allocated(lambda: list(teacher._output(hidden, np.random.default_rng(0))))
     assert planned["logits of a chunk"] + planned["encoding"] == pytest.approx(measured, rel=0.15)

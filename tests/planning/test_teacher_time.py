@@ -127,7 +127,8 @@ def test_a_gpu_that_cannot_be_measured_has_an_assumed_speed(
     config = micro_config(tmp_path, **{"resources.workers": 3, "resources.gpus_per_worker": 2})
     found = times(config)["precompute"]
     assert not found.measured
-    assert found.seconds == pytest.approx(found.flop / (6 * SUSTAINED_GPU_FLOP))
+    # The layers of one pass are on both GPUs of a worker, which compute one after the other.
+    assert found.seconds == pytest.approx(found.flop / (3 * SUSTAINED_GPU_FLOP))
 
 
 def test_operations_of_the_published_shape(sizes: ModelSizes) -> None:

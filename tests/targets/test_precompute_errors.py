@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from precompute_here import precompute_here, run_workers_here
 from torch import Tensor
 
-from nexus_ray.errors import ConfigError, DataError, NexusError
+from nexus_ray.errors import ConfigError, DataError, ModelError, NexusError
+from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import LoadedModel
+from nexus_ray.pipeline import Run, forget, run_pipeline
 from nexus_ray.targets.format import MANIFEST
 from nexus_ray.targets.writing import job as job_module
 from nexus_ray.targets.writing.job import job_of_run
+from nexus_ray.targets.writing.precompute import precompute
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +115,34 @@ def test_a_model_that_gives_nan_is_an_error_that_names_the_text(
         precompute_here(micro_config(tmp_path / "run", **settings), tmp_path / "targets")
     assert isinstance(caught.value, DataError)
     assert not list(Path(tmp_path / "targets").glob(".*.partial"))
+
+
+def test_the_whole_pipeline_refuses_them_before_its_first_stage(micro_config, tmp_path) -> None:
+    config = micro_config(tmp_path / "run", **{"targets.top_k": 4118})
+    with pytest.raises(ConfigError, match="more than the model's vocabulary"):
+        run_pipeline(config)
+    assert not RunLayout(config.run.directory).stages.exists()
+
+
+def test_a_worker_with_another_model_or_tokenizer_makes_nothing(micro_config, tmp_path, monkeypatch) -> None:
+    config = micro_config(tmp_path / "run")
+    job = job_of_run(config)
+    for change, message in (
+        (
+            {"base_fingerprint": "0" * 64},
+            r"the base model of this worker is [0-9a-f]{12}, the targets are of 000000000000",
+        ),
+        ({"tokenizer_sha256": "0" * 64}, "the tokenizer in .* is another one for this worker"),
+    ):
+        other = replace(job, header=job.header.model_copy(update=change))
+        with pytest.raises(ModelError, match=message):
+            precompute(other, tmp_path / "targets", config.resources)
+    assert not list((tmp_path / "targets").glob("*.parquet"))
+
+
+def test_starting_over_takes_up_no_shard(micro_config, tmp_path) -> None:
+    config = micro_config(tmp_path / "run")
+    layout = RunLayout(config.run.directory)
+    precompute_here(config, layout.targets)
+    forget(Run(config), "precompute")
+    assert not layout.targets.exists()

@@ -9,7 +9,12 @@ from torch import Tensor
 
 _FLOAT32 = 4
 _CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-_LEAST_POSITIONS = 64
+_LEAST_POSITIONS = 4
+
+
+def encoded_positions(vocabulary: int, device: str) -> int:
+    """Positions that are encoded together on a device of this type."""
+    return max(_LEAST_POSITIONS, _CHUNK_BYTES[device] // (vocabulary * _FLOAT32))
 
 
 def in_chunks(function: Callable[..., tuple[Tensor, ...]], logits: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -20,7 +25,7 @@ def in_chunks(function: Callable[..., tuple[Tensor, ...]], logits: Tensor, *othe
         logits: [positions, V].
         others: [positions, ...].
     """
-    size = max(_LEAST_POSITIONS, _CHUNK_BYTES[logits.device.type] // (logits.shape[-1] * _FLOAT32))
+    size = encoded_positions(logits.shape[-1], logits.device.type)
     parts = zip(*(rows.split(size) for rows in (logits, *others)), strict=True)
     return tuple(torch.cat(column) for column in zip(*(function(*part) for part in parts), strict=True))
 

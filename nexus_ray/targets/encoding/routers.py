@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import ceil
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from nexus_ray.targets.encoding.top_k import TopKEncoding
@@ -38,6 +38,12 @@ class RouterEncoding(BaseModel):
     experts: int = Field(ge=1)
     experts_per_token: int = Field(ge=1)
     temperature: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _chosen_are_experts(self) -> Self:
+        if self.experts_per_token > self.experts:
+            raise ValueError(f"cannot choose {self.experts_per_token} of {self.experts} experts")
+        return self
 
     def positions(self, num_tokens: int) -> int:
         """Positions that are stored of a sequence of so many tokens."""

@@ -13,7 +13,7 @@ from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.config import Config, DataSection, ModelSection
 from nexus_ray.data.packing import separator_id
 from nexus_ray.data.vocabulary import tokenizer_digest
-from nexus_ray.errors import ConfigError
+from nexus_ray.errors import ConfigError, ModelError
 from nexus_ray.families import family_of
 from nexus_ray.modeling.loading import load_tokenizer
 from nexus_ray.targets.configured import output_encoding, router_encoding, sources_with
@@ -21,6 +21,7 @@ from nexus_ray.targets.format import Header
 from nexus_ray.targets.writing.shard_file import column_bytes
 
 _TEXT_BATCH_SEQUENCES = 64
+_SAME_FILES = "give all nodes of the cluster the same model, and leave it alone while targets are made"
 _MOST_BYTES_OF_A_VALUE = (1 << 31) - 1  # of Arrow's binary columns
 
 
@@ -51,6 +52,15 @@ class PrecomputeJob:
     batch_sequences: int = _TEXT_BATCH_SEQUENCES
     max_tokens: int | None = None
     seed: int = 0
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a tokenizer that a worker found at the same path but that is another one.
+
+        Raises:
+            ModelError: it is.
+        """
+        if tokenizer_digest(tokenizer) != self.header.tokenizer_sha256:
+            raise ModelError(f"the tokenizer in {self.tokenizer} is another one for this worker", _SAME_FILES)
 
 
 def job_of_run(config: Config) -> PrecomputeJob:

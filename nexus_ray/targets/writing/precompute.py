@@ -130,6 +130,7 @@ class ShardWriter:
         self.job = job
         self.store = store
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(job.tokenizer)
+        job.check_tokenizer(self.tokenizer)
         self.teacher = EncodingTeacher(load_base(job.teacher), job.header) if job.teacher else None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

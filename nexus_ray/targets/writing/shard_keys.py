@@ -65,24 +65,25 @@ def plan_work(job: PrecomputeJob, resources: ResourcesSection) -> list[ShardWork
         DataError: a source is missing or unreadable.
     """
     shards = list_shards(job.data, "train", job.names)
-    recipe = _recipe(job, resources)
+    recipe = {"header": job.header.model_dump(mode="json")}
     seen: Counter[str] = Counter()
     work = []
     for shard, text, estimate in zip(shards, text_identities(shards), estimate_tokens(shards).tolist(), strict=True):
         output, router = shard.source in job.output_sources, shard.source in job.router_sources
         of_source = {"source": shard.source, "output": output, "router": router}
-        identity = digest({**recipe, **of_source, "text": text})
+        computed = _computation(job, resources) if output or router else {}
+        identity = digest({**recipe, **of_source, **computed, "text": text})
         key = digest([identity, seen[identity]])[:KEY_DIGITS]
         seen[identity] += 1
         work.append(ShardWork(shard, key, output, router, estimate))
     return work
 
 
-def _recipe(job: PrecomputeJob, resources: ResourcesSection) -> dict[str, Any]:
-    """What decides the bytes of all shards alike."""
-    recipe: dict[str, Any] = {"header": job.header.model_dump(mode="json")}
-    if job.teacher is not None:
-        recipe |= {"batch_sequences": job.batch_sequences, "threads": resources.cpus_per_worker}
-    if job.header.output is not None and job.header.output.mode == "sampled":
-        recipe["seed"] = job.seed
-    return recipe
+def _computation(job: PrecomputeJob, resources: ResourcesSection) -> dict[str, Any]:
+    """What decides the bytes of the targets, the header and the text aside."""
+    draws = job.header.output is not None and job.header.output.mode == "sampled"
+    return {
+        "batch_sequences": job.batch_sequences,
+        "threads": resources.cpus_per_worker,
+        "seed": job.seed if draws else None,
+    }

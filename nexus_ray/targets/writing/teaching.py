@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nexus_ray.data.packing import Batch
-from nexus_ray.errors import DataError
+from nexus_ray.errors import DataError, ModelError
 from nexus_ray.modeling.head import chunks
 from nexus_ray.modeling.loading import LoadedModel
 from nexus_ray.targets.encoding.encodings import HiddenEncoding, SampledEncoding
@@ -29,9 +29,18 @@ class EncodingTeacher:
     Args:
         model: the base.
         header: of the target set.
+
+    Raises:
+        ModelError: this worker has another model than the set is of.
     """
 
     def __init__(self, model: LoadedModel, header: Header) -> None:
+        if model.fingerprint != header.base_fingerprint:
+            raise ModelError(
+                f"the base model of this worker is {model.fingerprint[:12]}, the targets are of "
+                f"{(header.base_fingerprint or 'none')[:12]}",
+                "give all nodes of the cluster the same model, and leave it alone while targets are made",
+            )
         self.model = model
         self.header = header
 
