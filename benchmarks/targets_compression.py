@@ -274,8 +274,36 @@ def smollm2(directory: Path) -> Path:
     return directory
 
 
+def models(tiny: Path, smollm2_directory: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """Directories of the models that there are, and why others are missing, both by name."""
+    try:
+        return {"tiny": tiny, "smollm2-moe": smollm2(smollm2_directory)}, {}
+    except NexusError as error:
+        return {"tiny": tiny}, {"smollm2-moe": str(error)}
+
+
+def measure(directories: dict[str, Path], tokens: int, draws: int, seed: int) -> dict[str, Any]:
+    """Measure every form on every model, print a table of each, and return the result."""
+    found, gradients, sizes = {}, {}, {}
+    for model, directory in directories.items():
+        teacher = ask(directory, tokens)
+        measured = forms(teacher.head)
+        found[model] = losses(teacher, measured)
+        gradients[model] = sampling(teacher, draws, seed)
+        sizes = {name: form.bytes(_O200K, _GPT_OSS_HIDDEN) for name, form in measured.items()}
+        print(table(model, teacher, measured, found[model]), flush=True)
+    rivals = against_rivals(found)
+    sampled_bytes = sum(SampledEncoding(draws=draws, vocabulary=_O200K).widths().values())
+    return {
+        "topk": rivals["budget"] | {"recommended": rivals["recommended"]},
+        "sampled": {"draws": draws, "bytes_per_token_o200k": sampled_bytes, "gradient": gradients},
+        "bytes_per_token_o200k": sizes,
+        "losses": found,
+    }
+
+
 def main() -> None:
-    """Measure every form on both models and print the result."""
+    """Measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", type=Path, default=_ROOT / "assets" / "tiny-gpt-oss")
     parser.add_argument("--smollm2", type=Path, default=_ROOT / "build" / "smollm2-moe", help="made when missing")
@@ -287,34 +315,9 @@ def main() -> None:
         least = _LENGTH * len(_SOURCES)
         if arguments.tokens < least:
             raise ConfigError(f"--tokens {arguments.tokens}: a sequence of each source is {least}", f"--tokens {least}")
-        models, skipped = {"tiny": arguments.tiny}, {}
-        try:
-            models["smollm2-moe"] = smollm2(arguments.smollm2)
-        except NexusError as error:
-            skipped["smollm2-moe"] = str(error)
-        found, sampled, sizes = {}, {}, {}
-        for model, directory in models.items():
-            teacher = ask(directory, arguments.tokens)
-            measured = forms(teacher.head)
-            found[model] = losses(teacher, measured)
-            sampled[model] = sampling(teacher, arguments.draws, arguments.seed)
-            sizes = {name: form.bytes(_O200K, _GPT_OSS_HIDDEN) for name, form in measured.items()}
-            print(table(model, teacher, measured, found[model]), flush=True)
-        draws = SampledEncoding(draws=arguments.draws, vocabulary=_O200K)
-        rivals = against_rivals(found)
-        print_result(
-            {
-                "topk": rivals["budget"] | {"recommended": rivals["recommended"]},
-                "sampled": {
-                    "draws": arguments.draws,
-                    "bytes_per_token_o200k": sum(draws.widths().values()),
-                    "gradient": sampled,
-                },
-                "bytes_per_token_o200k": sizes,
-                "losses": found,
-                "skipped": skipped,
-            }
-        )
+        directories, skipped = models(arguments.tiny, arguments.smollm2)
+        result = measure(directories, arguments.tokens, arguments.draws, arguments.seed)
+        print_result(result | {"skipped": skipped})
 
 
 if __name__ == "__main__":
