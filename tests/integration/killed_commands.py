@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 300  # of each wait: a busy machine takes minutes to start Ray
 
 
 def start_stage(verb: str, config_path: Path, log: Path) -> subprocess.Popen[bytes]:

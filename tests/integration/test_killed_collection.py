@@ -11,7 +11,7 @@ from nexus_ray.config import save_config
 from nexus_ray.layout import RunLayout
 from nexus_ray.storage import sha256_file
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 _SMALL_UNITS = {"collect.batch_sequences": 1, "collect.unit_batches": 1, "collect.tokens": 8192}
 
 

@@ -16,7 +16,7 @@ from nexus_ray.layout import RunLayout
 from nexus_ray.targets.format import MANIFEST
 from nexus_ray.targets.writing import precompute
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 _SMALL_SHARDS = {
     "data.shard_bytes": 1024,
     "targets.batch_sequences": 1,
