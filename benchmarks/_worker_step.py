@@ -29,11 +29,12 @@ from nexus_ray.conversion.plan import describe_overlay
 from nexus_ray.conversion.width import random_expert
 from nexus_ray.families import family_of
 from nexus_ray.modeling.loading import LoadedModel, load_student
+from nexus_ray.modeling.trained import trained_parameters
 from nexus_ray.planning.losses import micro_batches
 from nexus_ray.targets.reading.reader import TargetBatch
 from nexus_ray.targets.teacher import HiddenTargets, OutputTargets, RouterTargets, SampledTargets, TopKTargets
-from nexus_ray.training.loop import adamw
-from nexus_ray.training.objective import MicroBatch, Output, loss_of, shares, term_counts
+from nexus_ray.training.losses.objective import MicroBatch, Output, loss_of, objective_at, shares, term_counts
+from nexus_ray.training.optimiser import build_optimiser
 
 _ROOT = Path(__file__).parents[1]
 CHECKPOINTS = _ROOT / "build" / "true-shape"
@@ -46,21 +47,20 @@ class WorkerSteps:
     Args:
         config: the run; the worker takes its share of each global batch.
         overlay: directory of the overlay to start from.
+        device: where the model is.
     """
 
-    def __init__(self, config: Config, overlay: Path) -> None:
+    def __init__(self, config: Config, overlay: Path, device: str = "cpu") -> None:
         set_worker_threads(config.resources)
         self.config = config
-        self.student: LoadedModel = load_student(config.model, overlay, [torch.device("cpu")])
-        assert self.student.shared_experts is not None
-        named = self.student.shared_experts.named_parameters()
-        self.parameters: dict[str, nn.Parameter] = {
-            name: parameter.requires_grad_(True)
-            for name, parameter in named
-            if config.convert.learn_scale or not name.endswith("scale")
-        }
-        self.optimiser = adamw(self.parameters, config.train.optimiser)
-        self._generator = torch.Generator().manual_seed(config.run.seed)
+        self.student: LoadedModel = load_student(config.model, overlay, [torch.device(device)])
+        if config.train.gradient_checkpointing:
+            self.student.checkpoint_layers()
+        self.student.train_routers(config.train.routers.train)
+        self.parameters: dict[str, nn.Parameter] = trained_parameters(self.student, config.train.routers.train)
+        self.optimiser = build_optimiser(self.parameters, config.train.optimiser, config.train.routers)
+        self._objective = objective_at(config.train, 1.0)
+        self._generator = torch.Generator(device).manual_seed(config.run.seed)
 
     def step(self, times: StepTimes | None = None) -> tuple[float, float]:
         """One optimiser step, timed by part; returns its loss (nats a token) and its gradient norm before clipping."""
@@ -81,23 +81,24 @@ class WorkerSteps:
         return total, float(norm)
 
     def _loss(self, part: MicroBatch, output: Output) -> Tensor:
-        weights = shares(self.config.train.sources[part.source], self._counts())
-        return loss_of(part, output, self.config.train, weights)[0]
+        weights = shares(self._objective.weights[part.source], self._counts())
+        return loss_of(part, output, self._objective, weights)[0]
 
     def _counts(self) -> dict[str, int]:
-        length, sections = self.config.data.sequence_length, self.config.train.sources
-        targets = {name: section.sequences_per_step * (length - 1) for name, section in sections.items()}
-        tokens = {name: section.sequences_per_step * length for name, section in sections.items()}
-        return term_counts(sections, targets, tokens)
+        length, sequences = self.config.data.sequence_length, self.config.sequences_per_step()
+        targets = {name: count * (length - 1) for name, count in sequences.items()}
+        tokens = {name: count * length for name, count in sequences.items()}
+        return term_counts(self._objective.weights, targets, tokens, tokens)
 
     def _outputs(self, batch: dict[str, int], measure: Measure) -> Iterator[tuple[MicroBatch, Output]]:
-        parts = [self._micro_batch(name, sequences) for name, sequences in batch.items()]
+        with self.student.device:
+            parts = [self._micro_batch(name, sequences) for name, sequences in batch.items()]
         ids, valid = (torch.cat([getattr(part.batch, name) for part in parts]) for name in ("input_ids", "valid"))
         with measure("forward"):
             hidden, router_logits = self.student.hidden_states(ids, valid)
         sizes = list(batch.values())
         for part, of_part, routers in zip(parts, hidden.split(sizes), router_logits.split(sizes), strict=True):
-            yield part, Output(of_part, routers, self.student.head)
+            yield part, Output(of_part, routers, self.student.head, self.student.dimensions.experts_per_token)
 
     def _micro_batch(self, name: str, sequences: int) -> MicroBatch:
         shape = (sequences, self.config.data.sequence_length)
@@ -111,7 +112,7 @@ class WorkerSteps:
     def _teacher(self, name: str, batch: TargetBatch) -> dict[str, OutputTargets | RouterTargets | None]:
         """Targets of each kind that the source has a loss for."""
         section = self.config.train.sources[name]
-        if not (section.output_kl or section.router_kl):
+        if not (section.needs_output or section.router_kl):
             return {}
         layers = tuple(range(self.student.dimensions.layers))
         if self.config.train.mode == "online":
@@ -124,7 +125,7 @@ class WorkerSteps:
             shape = (batch.input_ids.numel(), len(layers), self.student.dimensions.experts)
             routers = torch.randn(*shape, generator=self._generator)
         return {
-            "output": output if section.output_kl else None,
+            "output": output if section.needs_output else None,
             "router": RouterTargets(layers, 1, logits=routers) if section.router_kl else None,
         }
 
@@ -152,6 +153,11 @@ def true_shape_config(directory: Path, shape: str, layers: int | None, overrides
     """
     model = directory / (shape + (f"-{layers}-layers" if layers else ""))
     make_checkpoint(shape, layers, model)
+    return step_config(model, overrides)
+
+
+def step_config(model: Path, overrides: list[str]) -> Config:
+    """One sequence of cross-entropy a step, in bfloat16 on two cores, on the base in directory `model`."""
     settings = [
         f"model.path={model}",
         "model.dtype=bfloat16",

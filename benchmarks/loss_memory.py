@@ -1,11 +1,11 @@
 """Claim: the chunked losses take at most a fifth of the dense losses' memory at a vocabulary of 201,088.
 
 Next-token cross-entropy, alone and with the divergence from each kind of teacher target, forward and backward: once by
-`training/chunked.py`, once as plain losses on all logits by autograd. Each measurement is a process of its own, so that
-one allocator's leftovers do not hide the other's needs; memory is anonymous and beyond the model's head, the hidden
-states and the targets. Both must agree: the largest differences of loss and gradient are printed. Dense losses of
-hidden targets are measured on half the positions, since on all of them they need more than 20 GiB: their ratio is then
-an upper bound. The last line is one JSON object.
+`training/losses/chunked.py`, once as plain losses on all logits by autograd. Each measurement is a process of its own,
+so that one allocator's leftovers do not hide the other's needs; memory is anonymous and beyond the model's head, the
+hidden states and the targets. Both must agree: the largest differences of loss and gradient are printed. Dense losses
+of hidden targets are measured on half the positions, since on all of them they need more than 20 GiB: their ratio is
+then an upper bound. The last line is one JSON object.
 
     python benchmarks/loss_memory.py
     python benchmarks/loss_memory.py --positions 512 --vocabulary 50000 --hidden 768
@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nexus_ray.targets.teacher import HiddenTargets, OutputTargets, SampledTargets, TopKTargets
-from nexus_ray.training.chunked import output_losses
+from nexus_ray.training.losses.chunked import output_losses
 
 CASES = ("cross_entropy", "topk", "sampled", "hidden")
 KEPT, DRAWS = 64, 12

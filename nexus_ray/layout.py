@@ -69,8 +69,13 @@ class RunLayout:
 
     @property
     def training(self) -> Path:
-        """Ray Train's recovery checkpoints."""
+        """Ray Train's own state."""
         return self.directory / "training"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Recovery checkpoints of the training, one directory each."""
+        return self.directory / "checkpoints"
 
     @property
     def best(self) -> Path:
@@ -81,6 +86,16 @@ class RunLayout:
     def metrics(self) -> Path:
         """One JSON line a training record."""
         return self.directory / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The same for TensorBoard."""
+        return self.directory / "tensorboard"
+
+    @property
+    def trackers(self) -> Path:
+        """Names that trackers elsewhere know the training by."""
+        return self.directory / "trackers.json"
 
     @property
     def overlay(self) -> Path:

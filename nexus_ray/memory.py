@@ -40,3 +40,14 @@ def bound_shape_caches() -> None:
     """
     for variable in _SHAPE_CACHES:
         os.environ.setdefault(variable, str(_SHAPES_KEPT))
+
+
+def used_bytes(device: torch.device) -> int:
+    """Memory in use: the most that tensors have taken on a GPU; else this process's own, mapped files aside."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
+        for line in status:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0

@@ -9,6 +9,7 @@ starts over when it is not.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +17,12 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
-from nexus_ray.config import STAGES, Config, save_config
+from nexus_ray.config import STAGES, Config, flatten_values, save_config
 from nexus_ray.data.sources import describe_files
 from nexus_ray.data.vocabulary import tokenizer_files
 from nexus_ray.errors import ConfigError, NexusError
@@ -159,9 +161,7 @@ def locked(run: Run) -> Iterator[None]:
 def _run_stage(run: Run, name: str) -> None:
     recipe = run.recipe(name)
     started = _started_path(run.layout, name)
-    if not started.exists() or read_json(started, what="stage marker", hint="delete it")["recipe"] != recipe:
-        _remove(BY_NAME[name].state(run.layout))
-        write_json(started, {"recipe": recipe})
+    _prepare(run, name, recipe)
     _record_path(run.layout, name).unlink(missing_ok=True)  # of outputs that are about to change
     logger.info("%s: started", name)
     begin = time.monotonic()
@@ -178,6 +178,45 @@ def _run_stage(run: Run, name: str) -> None:
     write_json(_record_path(run.layout, name), record)
     started.unlink()
     logger.info("%s: done in %.0f s", name, seconds)
+
+
+def _prepare(run: Run, name: str, recipe: str) -> None:
+    """Keep what an earlier attempt left when it was made the same way; else remove it.
+
+    Raises:
+        ConfigError: it was made another way, and is too dear to be removed unasked.
+    """
+    marker, stage = _started_path(run.layout, name), BY_NAME[name]
+    before = {earlier: run.recipe(earlier) for earlier in stage.after}
+    now = {"recipe": recipe, "settings": flatten_values(stage.sections(run)), "before": before}
+    if marker.exists():
+        then = read_json(marker, what="stage marker", hint=f"delete {marker}")
+        if then["recipe"] == recipe:
+            return
+        unfinished = stage.unfinished(run.layout)
+        if unfinished:
+            raise ConfigError(
+                f"{name}: {run.layout.directory} holds {unfinished}, made with other settings: "
+                + "; ".join(_differences(then, now)),
+                "put them back to continue, start over with --force, or choose another run.directory",
+            )
+    _remove(stage.state(run.layout))
+    write_json(marker, now)
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What two stage markers disagree about, by name."""
+    old, new = then.get("settings", {}), now["settings"]
+    changed = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+    lines = [f"{name} was {_shown(old.get(name))} and is {_shown(new.get(name))}" for name in changed]
+    stages = [stage for stage, recipe in now["before"].items() if then.get("before", {}).get(stage) != recipe]
+    return lines + [f"{stage} was made with other settings or data" for stage in stages]
+
+
+def _shown(value: Any) -> str:
+    """A setting's value; the digest of a file in few digits."""
+    text = str(value)
+    return text[:12] if re.fullmatch(r"[0-9a-f]{64}", text) else text
 
 
 def _between(first: str | None, last: str | None) -> Sequence[str]:

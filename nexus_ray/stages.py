@@ -30,6 +30,7 @@ class Stage:
         outputs: files and directories that it makes.
         state: what it keeps for continuing; removed when the recipe has changed.
         reused: artefacts whose parts it takes up again, whatever the recipe; removed when it is told to start over.
+        unfinished: what of its state is too dear to be removed because a setting has changed, in words; "" if nothing.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Stage:
     outputs: Callable[[RunLayout], tuple[Path, ...]]
     state: Callable[[RunLayout], tuple[Path, ...]] = lambda layout: ()
     reused: Callable[[RunLayout], tuple[Path, ...]] = lambda layout: ()
+    unfinished: Callable[[RunLayout], str] = lambda layout: ""
 
 
 def _dump(section: Section, *drop: str) -> dict[str, Any]:
@@ -50,6 +52,13 @@ def _data(run: Run, sources: Collection[str] | None = None) -> dict[str, Any]:
     data = run.config.data
     text = [entry for entry in run.train_text if sources is None or entry[0] in sources]
     return {"length": data.sequence_length, "shard_bytes": data.shard_bytes, "text": text}
+
+
+def _predicted(run: Run, sources: Collection[str]) -> dict[str, Any]:
+    """Which tokens of some sources are predicted, where that is not all of them."""
+    chosen = {name: run.config.data.sources[name].predict for name in sources}
+    partly = {name: predict for name, predict in chosen.items() if predict != "all"}
+    return {"predict": partly} if partly else {}
 
 
 def _base(run: Run) -> dict[str, Any]:
@@ -65,7 +74,7 @@ def _targets(run: Run) -> dict[str, Any]:
     section, train = run.config.targets, run.config.train
     offline = train.mode == "offline"
     sources = [
-        [name, offline and source.output_kl > 0, offline and source.router_kl > 0]
+        [name, offline and source.needs_output, offline and bool(source.router_kl)]
         for name, source in train.sources.items()
     ]
     recipe: dict[str, Any] = {"sources": sources, "max_tokens": section.max_tokens}
@@ -74,11 +83,11 @@ def _targets(run: Run) -> dict[str, Any]:
         recipe["batch_sequences"] = section.batch_sequences
     if output:
         recipe |= section.model_dump(mode="json", include={"mode", *_FIELDS_OF_MODES[section.mode]})
-        recipe["temperature"] = None if section.mode == "hidden" else train.output_temperature
+        recipe["temperature"] = None if section.mode == "hidden" else train.output_temperature.constant
         recipe["seed"] = run.config.run.seed if section.mode == "sampled" else None
     if router:
         recipe |= section.model_dump(mode="json", include={"router", "router_layers", "router_every"})
-        recipe["router_temperature"] = train.router_temperature if section.router == "selected" else None
+        recipe["router_temperature"] = train.router_temperature.constant if section.router == "selected" else None
     return recipe
 
 
@@ -118,6 +127,26 @@ def _train(run: Run, recipe: str) -> None:
     from nexus_ray.training.distil import train
 
     train(run.config, run.layout)
+
+
+# Settings of training that change how it is done, watched or kept, not what comes out, rounding aside.
+_WITHOUT_EFFECT = (
+    "micro_batch_sequences",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "on_nan",
+    "samples",
+    "trackers",
+    "warnings",
+)
+
+
+def _unfinished_training(layout: RunLayout) -> str:
+    from nexus_ray.training.recovery import steps_reached
+
+    steps = steps_reached(layout.checkpoints)
+    return f"a training that has reached step {steps}" if steps else ""
 
 
 def _evaluate(run: Run, recipe: str) -> None:
@@ -167,7 +196,11 @@ ALL = (
         "precompute",
         _precompute,
         (),
-        lambda run: {**_base(run), "data": _data(run, run.config.train.sources), "targets": _targets(run)},
+        lambda run: {
+            **_base(run),
+            "data": _data(run, run.config.train.sources) | _predicted(run, run.config.train.sources),
+            "targets": _targets(run),
+        },
         lambda layout: (layout.targets,),
         reused=lambda layout: (layout.targets,),
     ),
@@ -175,9 +208,21 @@ ALL = (
         "train",
         _train,
         ("convert", "precompute"),
-        lambda run: {**_base(run), "train": _dump(run.config.train), "seed": run.config.run.seed},
+        lambda run: {
+            **_base(run),
+            "train": _dump(run.config.train, *_WITHOUT_EFFECT),
+            "seed": run.config.run.seed,
+        },
         lambda layout: (layout.overlay, layout.metrics),
-        lambda layout: (layout.training, layout.best, layout.metrics),
+        lambda layout: (
+            layout.training,
+            layout.checkpoints,
+            layout.best,
+            layout.metrics,
+            layout.tensorboard,
+            layout.trackers,
+        ),
+        unfinished=_unfinished_training,
     ),
     Stage(
         "evaluate",
@@ -187,6 +232,7 @@ ALL = (
             "evaluate": _dump(run.config.evaluate),
             "text": run.heldout_text,
             "roles": run.config.roles(),
+            **_predicted(run, [name for name, source in run.config.data.sources.items() if source.heldout]),
         },
         lambda layout: (layout.report, layout.report.with_suffix(".md")),
     ),

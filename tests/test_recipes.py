@@ -41,6 +41,9 @@ def own_model(micro_model, tmp_path):
         ({"resources.gpus_per_worker": 1}, {"collect", "precompute"}),
         ({"model.dtype": "bfloat16"}, {"collect", "precompute"}),
         ({"model.dtype": "float32"}, set()),  # what auto is on a CPU
+        ({"model.attention": "document"}, {"collect", "precompute"}),
+        ({"data.sources.play.predict": "assistant"}, {"precompute"}),
+        ({"model.attention": "sequence", "data.sources.play.predict": "all"}, set()),
         ({"data.strict": True}, set()),
         ({"resources.workers": 4}, set()),
         ({"train.steps": 7}, {"train"}),

@@ -61,7 +61,11 @@ def identity(directory: Location, *, sha256: bool = False) -> list[str]:
 
 def _describe_overlay(directory: Path) -> str:
     config = load_overlay_config(directory)
-    return f"overlay of {config.parameters:,} parameters in {config.dtype}, for the base {config.base_fingerprint}"
+    routers = {"none": "", "bias": " (biases of routers among them)", "all": " (routers among them)"}[config.routers]
+    return (
+        f"overlay of {config.parameters:,} parameters{routers} in {config.dtype}, "
+        f"for the base {config.base_fingerprint}"
+    )
 
 
 def _stem(directory: Location) -> str:

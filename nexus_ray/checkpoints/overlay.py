@@ -1,18 +1,20 @@
 """Overlays: the trained tensors of a specialisation and a description, without the base.
 
 `overlay_config.json` says which base they belong to and what shape they have; `overlay.safetensors` (or several such
-files with an index, when large) holds the shared experts' tensors as `layers.N.<parameter>`.
+files with an index, when large) holds the shared experts' tensors as `layers.N.<parameter>` and, where routers were
+trained, their differences from the base's as `routers.N.weight` and `routers.N.bias`.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from nexus_ray.checkpoints.header import TensorSpec
@@ -29,6 +31,9 @@ _SHARD_BYTES = 5_000_000_000
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _MOST_LAYERS = 10_000
 _MOST_FEATURES = 2**24
+ROUTERS = "routers."  # what names of router differences begin with
+TrainedKind = Literal["none", "bias", "all"]
+_KINDS: tuple[TrainedKind, ...] = ("none", "bias", "all")
 
 
 class OverlayConfig(BaseModel):
@@ -48,17 +53,32 @@ class OverlayConfig(BaseModel):
     initialisation: str
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     trained_steps: int = 0
+    routers: TrainedKind = "none"
+    experts: int | None = Field(None, ge=1, le=_MOST_FEATURES)
+
+    @model_validator(mode="after")
+    def _counts_experts(self) -> Self:
+        if self.routers != "none" and self.experts is None:
+            raise ValueError("an overlay with routers says how many `experts` they choose from")
+        return self
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of all shared experts, output scales included."""
+        """Number of parameters: of all shared experts, output scales included, and of the router differences."""
         mlp = 3 * self.hidden_size * self.width + 2 * self.width + self.hidden_size
         gate = self.hidden_size + 1 if self.token_gate else 0
-        return self.layers * (mlp + gate + 1)
+        routers = sum(prod(spec.shape) for spec in router_specs(self))
+        return self.layers * (mlp + gate + 1) + routers
+
+    def with_routers(self, routers: TrainedKind, experts: int) -> Self:
+        """The same overlay with differences of these routers too; it loses none that it has."""
+        if _KINDS.index(routers) <= _KINDS.index(self.routers):
+            return self
+        return self.model_copy(update={"routers": routers, "experts": experts})
 
 
 def overlay_specs(config: OverlayConfig) -> list[TensorSpec]:
-    """Name, type and shape of every tensor of an overlay: `config.dtype`, but float32 for the output scales."""
+    """Name, type and shape of every tensor of an overlay: `config.dtype`, but float32 for scales and routers."""
     dtype = _DTYPES[config.dtype]
     hidden, width = config.hidden_size, config.width
     shapes: dict[str, tuple[int, ...]] = {
@@ -73,7 +93,37 @@ def overlay_specs(config: OverlayConfig) -> list[TensorSpec]:
     for layer in range(config.layers):
         specs += [TensorSpec(f"layers.{layer}.{name}", dtype, shape) for name, shape in shapes.items()]
         specs.append(TensorSpec(f"layers.{layer}.scale", torch.float32, ()))
-    return specs
+    return specs + router_specs(config)
+
+
+def router_specs(config: OverlayConfig) -> list[TensorSpec]:
+    """Name, type and shape of every router difference of an overlay: float32, since they decide between experts."""
+    if config.routers == "none" or config.experts is None:
+        return []
+    shapes: dict[str, tuple[int, ...]] = {"bias": (config.experts,)}
+    if config.routers == "all":
+        shapes["weight"] = (config.experts, config.hidden_size)
+    return [
+        TensorSpec(f"{ROUTERS}{layer}.{name}", torch.float32, shape)
+        for layer in range(config.layers)
+        for name, shape in shapes.items()
+    ]
+
+
+def add_routers(
+    config: OverlayConfig, tensors: dict[str, Tensor], routers: TrainedKind, experts: int
+) -> tuple[OverlayConfig, dict[str, Tensor]]:
+    """An overlay with router differences of zero for those of `routers` that it has none for.
+
+    Args:
+        config: the overlay's description.
+        tensors: all of its tensors.
+        routers: what it shall have at least.
+        experts: number of routed experts of a layer.
+    """
+    wider = config.with_routers(routers, experts)
+    zeros = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in router_specs(wider)}
+    return wider, zeros | tensors
 
 
 class OverlayWriter:

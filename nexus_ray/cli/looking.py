@@ -17,10 +17,11 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, sizes in bytes")] = False,
+    to: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="draw schedules: .png or .svg")] = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what a run will need beside what this machine has: memory by part, storage, tokens.
+    """Show what a run will need beside what this machine has (memory by part, storage, tokens), and its schedules.
 
     Computed from config.json, file headers and file sizes; no weights are read and Ray is not started.
     """
@@ -28,6 +29,10 @@ def plan(
     from nexus_ray.planning.tables import show_plan
 
     made = make_plan(load(config, overrides, verbose, quiet, Config).config)
+    if to is not None:
+        from nexus_ray.plots import plot_schedules
+
+        plot_schedules(made.schedules, to)
     if as_json:
         output.print_json(data=made.as_dict())
     else:
@@ -82,12 +87,23 @@ def inspect_checkpoint(
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories")],
-    to: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write")] = Path("runs.png"),
+    to: Annotated[Path, typer.Option("--output", "-o", help="figure to write, .png or .svg")] = Path("runs.png"),
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", "-m", help="draw this one, named as in TensorBoard, e.g. router/kl/mean; repeatable"),
+    ] = None,
+    smoothing: Annotated[
+        float, typer.Option(min=0, max=1, help="width of the moving average, as a share of the run; 0: none")
+    ] = 0.05,
 ) -> None:
-    """Draw the training curves of one run or several into one figure."""
-    from nexus_ray.plots import compare_runs
-    from nexus_ray.training.metrics import read_runs
+    """Draw everything about one run, or compare several runs on the same axes, with marks where something happened."""
+    from nexus_ray.plots import compare_runs, plot_training
+    from nexus_ray.training.watching.metrics import read_runs
 
     setup_logging()
-    compare_runs(read_runs(runs), to)
+    records = read_runs(runs)
+    if len(records) == 1 and not metric:
+        plot_training(next(iter(records.values())), to, smoothing)
+    else:
+        compare_runs(records, to, metrics=metric or (), smoothing=smoothing)
     output.print(f"written: {to}", soft_wrap=True)

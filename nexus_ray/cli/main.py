@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -74,6 +75,8 @@ def run_command(arguments: list[str]) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
+    except SystemExit as error:  # what Ray makes of SIGTERM
+        code = _INTERRUPTED if error.code == signal.SIGTERM else error.code
     if code == _INTERRUPTED:
         errors.print("interrupted; the same command continues where this one stopped", soft_wrap=True)
     return code if isinstance(code, int) else 0

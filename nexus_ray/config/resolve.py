@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from nexus_ray.config.base import Section
 from nexus_ray.config.schema import Config, nearest
-from nexus_ray.config.sections import Section
 from nexus_ray.errors import ConfigError
 from nexus_ray.storage import write_text
 
@@ -33,11 +33,11 @@ def resolve_config(path: Path, overrides: typing.Sequence[str], schema: type[Sec
         ConfigError: the file cannot be read, is not YAML, or a field is unknown or has a wrong value.
     """
     values = _read_yaml(path)
-    origins = dict.fromkeys(_flatten(values), str(path))
+    origins = dict.fromkeys(flatten_values(values), str(path))
     for override in overrides:
         dotted, value = _parse_override(override)
         _set_dotted(values, dotted, value, override)
-        origins |= dict.fromkeys(_flatten({dotted: value}), f"override {override}")
+        origins |= dict.fromkeys(flatten_values({dotted: value}), f"override {override}")
     try:
         config = schema.model_validate(values)
     except ValidationError as error:
@@ -45,7 +45,9 @@ def resolve_config(path: Path, overrides: typing.Sequence[str], schema: type[Sec
             f"{path}: " + _explain(error, schema),
             "`nexus-ray config configs/demo.yaml` shows every field and its default",
         ) from error
-    return Resolved(config, {key: origins.get(key, "default") for key in _flatten(config.model_dump(mode="json"))})
+    return Resolved(
+        config, {key: origins.get(key, "default") for key in flatten_values(config.model_dump(mode="json"))}
+    )
 
 
 def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -60,7 +62,7 @@ def save_config(config: Section, path: Path) -> None:
 
 def flatten(config: Section) -> dict[str, Any]:
     """All fields as {dotted name: value}."""
-    return _flatten(config.model_dump(mode="json"))
+    return flatten_values(config.model_dump(mode="json"))
 
 
 def describe_field(schema: type[BaseModel], dotted: str) -> str:
@@ -107,11 +109,12 @@ def _set_dotted(values: dict[str, Any], dotted: str, value: Any, override: str) 
     values[field] = value
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_values(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values as {dotted name: value}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten_values(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -8,6 +8,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
+from nexus_ray.config.base import Section
 from nexus_ray.config.sections import (
     CollectSection,
     ConvertSection,
@@ -17,12 +18,11 @@ from nexus_ray.config.sections import (
     PretrainSection,
     ResourcesSection,
     RunSection,
-    Section,
     SelectSection,
     ServeSection,
     TargetsSection,
-    TrainSection,
 )
+from nexus_ray.config.training import TrainSection, TrainSourceSection
 
 STAGES = ("collect", "select", "convert", "precompute", "train", "evaluate")
 
@@ -59,7 +59,18 @@ class Config(Section):
     @property
     def compute(self) -> dict[str, str]:
         """What decides the bits of the base's computation, apart from its weights."""
-        return {"device": self.compute_device, "dtype": self.compute_dtype, "experts": self.model.experts}
+        how: dict[str, str] = {
+            "device": self.compute_device,
+            "dtype": self.compute_dtype,
+            "experts": self.model.experts,
+        }
+        if self.model.attention != "sequence":
+            how["attention"] = self.model.attention
+        return how
+
+    def sequences_per_step(self) -> dict[str, int]:
+        """Sequences of each source in a global batch."""
+        return {name: section.sequences(self.data.sequence_length) for name, section in self.train.sources.items()}
 
     def roles(self) -> dict[str, str]:
         """The role of each source."""
@@ -67,20 +78,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _targets_hold_what_losses_need(self) -> Self:
-        train, targets = self.train, self.targets
-        if train.mode == "online":
-            return self
-        for name, section in train.sources.items():
-            if section.output_kl and targets.mode == "none":
-                raise ValueError(
-                    f"train.sources.{name}.output_kl needs targets: set targets.mode, or train.mode=online"
-                )
-            if section.router_kl and targets.router == "none":
-                raise ValueError(
-                    f"train.sources.{name}.router_kl needs targets: set targets.router, or train.mode=online"
-                )
-            if section.output_kl and targets.mode == "sampled" and train.output_divergence != "forward_kl":
-                raise ValueError(f"train.output_divergence={train.output_divergence} needs targets.mode topk or hidden")
+        if self.train.mode == "offline":
+            for name, section in self.train.sources.items():
+                _require_targets(name, section, self.train, self.targets)
         return self
 
     @model_validator(mode="after")
@@ -104,6 +104,23 @@ class PretrainRun(Section):
     data: DataSection
     resources: ResourcesSection = ResourcesSection()
     pretrain: PretrainSection
+
+
+def _require_targets(name: str, section: TrainSourceSection, train: TrainSection, targets: TargetsSection) -> None:
+    """Refuse losses of a source that stored targets cannot give."""
+    field = f"train.sources.{name}"
+    if section.output_kl and targets.mode == "none":
+        raise ValueError(f"{field}.output_kl needs targets: set targets.mode, or train.mode=online")
+    if section.router_kl and targets.router == "none":
+        raise ValueError(f"{field}.router_kl needs targets: set targets.router, or train.mode=online")
+    if section.hidden_mse and targets.mode != "hidden":
+        raise ValueError(f"{field}.hidden_mse needs hidden states: set targets.mode=hidden, or train.mode=online")
+    if section.output_kl and targets.mode == "sampled" and train.output_divergence != "forward_kl":
+        raise ValueError(f"train.output_divergence={train.output_divergence} needs targets.mode topk or hidden")
+    if section.output_kl and targets.mode != "hidden" and train.output_temperature.constant is None:
+        raise ValueError("train.output_temperature can change only with targets.mode=hidden or train.mode=online")
+    if section.router_kl and targets.router == "selected" and train.router_temperature.constant is None:
+        raise ValueError("train.router_temperature can change only with targets.router=logits or train.mode=online")
 
 
 def _require_known(names: typing.Iterable[str], known: typing.Collection[str], field: str) -> None:

@@ -1,4 +1,4 @@
-"""The sections of a configuration, one a concern: every field with a default or required, and what it means.
+"""The sections of a configuration, one a concern, training aside: every field with its default and its meaning.
 
 `nexus-ray config CONFIG` prints the descriptions.
 """
@@ -8,14 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, StringConstraints, field_validator, model_validator
+
+from nexus_ray.config.base import Section
+from nexus_ray.config.training import OptimiserSection
 
 Initialisation = Annotated[
     str,
@@ -23,13 +19,9 @@ Initialisation = Annotated[
         pattern=r"^(top1_zero|zero|random|top1|top1_average|top4_average|lstsq|(pca|reap|aligned)_top(K|[1-9]\d*))$"
     ),
 ]
+Predict = Literal["all", "assistant"]
+Attention = Literal["sequence", "document"]
 _MIXTURE_TOLERANCE = 1e-6
-
-
-class Section(BaseModel):
-    """Base of every section: unknown fields are errors, values cannot be changed after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -52,6 +44,11 @@ class ModelSection(Section):
         description="packed: routed experts as stored, MXFP4 stays 4-bit in memory; "
         "else dequantised, computed by the transformers implementation of that name",
     )
+    attention: Attention = Field(
+        "sequence",
+        description="what a token of a packed sequence attends to: sequence: all before it; document: only its own "
+        "document, whose positions start at 0",
+    )
 
 
 class SourceSection(Section):
@@ -70,6 +67,11 @@ class SourceSection(Section):
         min_length=1,
         description="field of a row that holds the text, before all forms that rows are known by; "
         "default: a conversation in one of the usual forms, else `text`",
+    )
+    predict: Predict = Field(
+        "all",
+        description="which tokens losses and perplexity count: all; assistant: of conversations only what the "
+        "assistant wrote (plain text counts whole)",
     )
 
     @field_validator("train", "heldout", mode="before")
@@ -225,78 +227,6 @@ class TargetsSection(Section):
         if layers is not None and list(layers) != sorted(set(layers)):
             raise ValueError("list every layer once, in ascending order")
         return layers
-
-
-class TrainSourceSection(Section):
-    """How one source enters the loss."""
-
-    sequences_per_step: int = Field(ge=1, description="sequences of this source in each global batch")
-    cross_entropy: float = Field(0.0, ge=0, description="weight of next-token cross-entropy")
-    output_kl: float = Field(0.0, ge=0, description="weight of train.output_divergence from the teacher")
-    router_kl: float = Field(0.0, ge=0, description="weight of KL(teacher || student) on router distributions")
-
-    @model_validator(mode="after")
-    def _has_a_loss(self) -> Self:
-        if not (self.cross_entropy or self.output_kl or self.router_kl):
-            raise ValueError("it has no loss: give it cross_entropy, output_kl or router_kl, or leave it out")
-        return self
-
-
-class ScheduleSection(Section):
-    """Learning-rate schedule, in fractions of the run."""
-
-    warmup: float = Field(0.05, ge=0, le=1, description="fraction of steps of linear warm-up")
-    decay: float = Field(0.5, ge=0, le=1, description="fraction of steps of decay at the end; the rest is stable")
-    shape: Literal["cosine", "linear"] = Field("cosine", description="shape of the decay")
-    floor: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a fraction of the peak")
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.warmup + self.decay > 1:
-            raise ValueError("warmup + decay must be at most 1")
-        return self
-
-
-class OptimiserSection(Section):
-    """AdamW and its schedule."""
-
-    learning_rate: float = Field(1e-2, gt=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0, description="largest global gradient norm")
-    schedule: ScheduleSection = ScheduleSection()
-
-
-class TrainSection(Section):
-    """Distillation of the shared experts."""
-
-    mode: Literal["offline", "online"] = Field(
-        "offline",
-        description="offline: stored targets; online: the same model with shared experts off, on the fly",
-    )
-    steps: int = Field(160, ge=1, description="optimiser steps")
-    sources: dict[str, TrainSourceSection] = Field(description="what each source contributes", min_length=1)
-    micro_batch_sequences: int = Field(8, ge=1, description="sequences of one forward pass on one worker")
-    optimiser: OptimiserSection = OptimiserSection()
-    output_temperature: float = Field(
-        1.0,
-        gt=0,
-        description="temperature of output_kl, of teacher and student; topk and sampled targets are made for it",
-    )
-    output_divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
-        "forward_kl", description="what output_kl measures; sampled targets know forward_kl only"
-    )
-    jsd_beta: float = Field(0.5, gt=0, lt=1, description="weight of the teacher in the mixture that jsd compares with")
-    router_temperature: float = Field(
-        1.0, gt=0, description="temperature of the router KL; selected router targets are made for it"
-    )
-    validation_sequences: int = Field(
-        16, ge=1, description="sequences of each source kept out of training to choose the best checkpoint"
-    )
-    validate_every: int = Field(40, ge=1, description="steps between validations")
-    checkpoint_every: int = Field(40, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="recovery checkpoints kept")
 
 
 class EvaluateSection(Section):

@@ -2,29 +2,24 @@
 
 Documents are joined by the end-of-text token and cut every `length` tokens. Neighbouring sequences share one
 token: the last of one is the first of the next, so that every token of the text is predicted exactly once,
-as in lm-eval's rolling log-likelihood. The last sequence of a shard is padded.
+as in lm-eval's rolling log-likelihood. The last sequence of a shard is padded. What is not to be predicted, such as
+what users say to an assistant, stands in the sequences but is no target.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from nexus_ray.config import Predict
+from nexus_ray.data.assistant import EncodedDocument, encode_predicted
 from nexus_ray.data.documents import OnUnreadable, read_documents, refuse
-from nexus_ray.data.row_forms import Document
 from nexus_ray.data.sources import Shard
-from nexus_ray.errors import DataError, ModelError
-
-_USUAL_KEYS = frozenset(
-    {"role", "content", "thinking", "reasoning_content", "name", "type", "id", "function", "arguments", "tool_calls"}
-)
-# A macro of this name takes the place of the global function that templates ask for the current date.
-_PINNED_DATE = "{%- macro strftime_now(format) -%}2025-01-01{%- endmacro -%}"
+from nexus_ray.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -33,11 +28,18 @@ class PackedSequence:
 
     Attributes:
         input_ids: [length] int32, padded at the end with the separator.
-        num_tokens: tokens before the padding; positions 1..num_tokens-1 are targets.
+        num_tokens: tokens before the padding.
+        predicted: [length] false on tokens that are not to be predicted; None: all are.
     """
 
     input_ids: NDArray[np.int32]
     num_tokens: int
+    predicted: NDArray[np.bool_] | None = None
+
+    @property
+    def is_target(self) -> NDArray[np.bool_]:
+        """[length] true where the token is predicted from the ones before it: never on the first, nor on padding."""
+        return _targets(np.arange(len(self.input_ids)) < self.num_tokens, self.predicted)
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,12 @@ class Batch:
     Attributes:
         input_ids: [sequences, length] int32.
         num_tokens: [sequences] int32.
+        predicted: [sequences, length] as of a `PackedSequence`.
     """
 
     input_ids: NDArray[np.int32]
     num_tokens: NDArray[np.int32]
+    predicted: NDArray[np.bool_] | None = None
 
     @property
     def valid(self) -> NDArray[np.bool_]:
@@ -60,9 +64,18 @@ class Batch:
     @property
     def is_target(self) -> NDArray[np.bool_]:
         """[sequences, length] true where the token is predicted from the ones before it."""
-        mask = self.valid.copy()
-        mask[:, 0] = False
-        return mask
+        return _targets(self.valid, self.predicted)
+
+    def rows(self, chosen: slice) -> Batch:
+        """Some of the sequences."""
+        predicted = None if self.predicted is None else self.predicted[chosen]
+        return Batch(self.input_ids[chosen], self.num_tokens[chosen], predicted)
+
+
+def _targets(valid: NDArray[np.bool_], predicted: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    mask = valid.copy() if predicted is None else valid & predicted
+    mask[..., 0] = False
+    return mask
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -73,96 +86,47 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return token
 
 
-def encode_document(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[int]:
-    """Token ids of a document. Conversations go through the model's own chat template; text that looks like a
-    special token stays text."""
-    if document.messages is not None:
-        tools = list(document.tools) if document.tools else None
-        return encode_messages(tokenizer, list(document.messages), tools=tools, pin_date=True)
-    return list(tokenizer.encode(document.text or "", add_special_tokens=False, split_special_tokens=True))
-
-
-def encode_messages(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
-    *,
-    tools: list[dict[str, Any]] | None = None,
-    prompt: bool = False,
-    pin_date: bool = False,
-) -> list[int]:
-    """Token ids of a conversation rendered with the model's chat template.
-
-    Args:
-        tokenizer: the tokenizer that carries the template.
-        messages: role and content, in order.
-        tools: functions that the assistant may call, as JSON schemas.
-        prompt: end with the header of the assistant's next turn.
-        pin_date: let the template print a fixed date, so that training data is the same on every day.
-
-    Raises:
-        DataError: the template refuses the messages.
-        ModelError: there is no template.
-    """
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
-        raise ModelError("the tokenizer has no chat template", "add chat_template.jinja to the model directory")
-    _refuse_control_tokens_in_keys(tokenizer, [messages, tools])
-    try:
-        ids = tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            chat_template=_PINNED_DATE + template if pin_date else template,
-            add_generation_prompt=prompt,
-            return_dict=False,
-            sanitize_control_tokens=True,  # a message must not be able to write <|end|>
-        )
-    except Exception as error:  # jinja raises whatever the template asks for
-        raise DataError(f"the chat template refuses the messages: {error}") from error
-    return list(ids)
-
-
-def _refuse_control_tokens_in_keys(tokenizer: PreTrainedTokenizerBase, value: Any) -> None:
-    """Templates print the keys of a call's arguments, which the tokenizer, unlike values, does not neutralise."""
-    keys = set(_keys(value)) - _USUAL_KEYS
-    tokens = tokenizer.get_added_vocab() if keys else {}
-    for key in sorted(keys):
-        if any(token in key for token in tokens):
-            raise DataError(f"the field name {key!r} holds a control token", "rename the field")
-
-
-def _keys(value: Any) -> Iterator[str]:
-    """Names of all fields in a JSON value, however deep."""
-    if isinstance(value, dict):
-        yield from map(str, value)
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for inner in value:
-            yield from _keys(inner)
-
-
 def pack(token_lists: Iterable[list[int]], length: int, separator: int) -> Iterator[PackedSequence]:
-    """Join token lists with `separator` and cut them into sequences of `length` that overlap by one token.
+    """`pack_documents` of documents all of whose tokens are predicted."""
+    return pack_documents((EncodedDocument(tokens) for tokens in token_lists), length, separator)
+
+
+def pack_documents(documents: Iterable[EncodedDocument], length: int, separator: int) -> Iterator[PackedSequence]:
+    """Join documents with `separator` and cut them into sequences of `length` that overlap by one token.
 
     A separator stands before the first document, so that its first token is predicted too. A rest of a
     single token holds no target and is dropped: it is the overlap, already counted.
     """
-    pending = [separator]
-    for tokens in token_lists:
-        pending += tokens
-        pending.append(separator)
+    ids, predicted = [separator], [False]
+    for document in documents:
+        ids += [*document.ids, separator]
+        ends = document.predicted is None
+        predicted += [*([True] * len(document.ids) if document.predicted is None else document.predicted), ends]
         start = 0
-        while start + length <= len(pending):
-            yield PackedSequence(np.asarray(pending[start : start + length], dtype=np.int32), length)
+        while start + length <= len(ids):
+            yield _sequence(ids[start : start + length], predicted[start : start + length], length, separator)
             start += length - 1
-        del pending[:start]
-    if len(pending) > 1:
-        padded = np.full(length, separator, dtype=np.int32)
-        padded[: len(pending)] = pending
-        yield PackedSequence(padded, len(pending))
+        del ids[:start], predicted[:start]
+    if len(ids) > 1:
+        yield _sequence(ids, predicted, length, separator)
+
+
+def _sequence(ids: list[int], predicted: list[bool], length: int, separator: int) -> PackedSequence:
+    """A sequence, padded to `length`."""
+    padding = length - len(ids)
+    return PackedSequence(
+        np.asarray(ids + [separator] * padding, dtype=np.int32),
+        len(ids),
+        np.asarray(predicted + [False] * padding, dtype=np.bool_),
+    )
 
 
 def pack_shard(
-    shard: Shard, tokenizer: PreTrainedTokenizerBase, length: int, on_unreadable: OnUnreadable | None = None
+    shard: Shard,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    on_unreadable: OnUnreadable | None = None,
+    predict: Predict = "all",
 ) -> Iterator[PackedSequence]:
     """Read, tokenise and pack one shard.
 
@@ -172,18 +136,25 @@ def pack_shard(
         length: tokens of a sequence.
         on_unreadable: called with an error that names the place, for each row that cannot be read or that the chat
             template refuses; the row is passed over. Without it the first such error is raised.
+        predict: which tokens are targets, as the source's `predict` says.
+
+    Raises:
+        ModelError: the chat template is missing, or does not say what the assistant writes.
     """
-    return pack(_encoded(shard, tokenizer, on_unreadable or refuse), length, separator_id(tokenizer))
+    documents = _encoded(shard, tokenizer, on_unreadable or refuse, predict)
+    return pack_documents(documents, length, separator_id(tokenizer))
 
 
-def _encoded(shard: Shard, tokenizer: PreTrainedTokenizerBase, on_unreadable: OnUnreadable) -> Iterator[list[int]]:
+def _encoded(
+    shard: Shard, tokenizer: PreTrainedTokenizerBase, on_unreadable: OnUnreadable, predict: Predict
+) -> Iterator[EncodedDocument]:
     for document in read_documents(shard, on_unreadable):
         try:
-            ids = encode_document(tokenizer, document)
+            encoded = encode_predicted(tokenizer, document, predict)
         except DataError as error:
             on_unreadable(DataError(f"{document.place}: {error.message}", error.hint))
             continue
-        yield ids
+        yield encoded
 
 
 def batches(sequences: Iterable[PackedSequence], size: int) -> Iterator[Batch]:
@@ -202,6 +173,7 @@ def _stack(group: list[PackedSequence]) -> Batch:
     return Batch(
         np.stack([sequence.input_ids for sequence in group]),
         np.asarray([sequence.num_tokens for sequence in group], dtype=np.int32),
+        np.stack([sequence.is_target for sequence in group]),
     )
 
 

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nexus_ray.router import distances
+
 
 @dataclass(frozen=True)
 class DriftSums:
@@ -72,14 +74,6 @@ def router_drift(base_logits: Tensor, student_logits: Tensor, valid: Tensor, top
 def _layer_sums(base: Tensor, student: Tensor, top_k: int) -> Tensor:
     """[3] KL, L1 and overlap of one layer, summed over [tokens, experts] logits."""
     base_log, student_log = base.double().log_softmax(-1), student.double().log_softmax(-1)
-    probability = base_log.exp()
-    kl = (probability * (base_log - student_log)).sum()
-    l1 = (probability - student_log.exp()).abs().sum()
-    overlap = (_selected(base, top_k) & _selected(student, top_k)).sum() / top_k
-    return torch.stack([kl, l1, overlap.double()])
-
-
-def _selected(logits: Tensor, top_k: int) -> Tensor:
-    """[tokens, experts] true on the `top_k` largest logits of each token."""
-    chosen = logits.topk(top_k, dim=-1).indices
-    return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, chosen, True)
+    kl, l1 = distances.kl(base_log, student_log).sum(), distances.l1(base_log, student_log).sum()
+    both = distances.selected(base, top_k), distances.selected(student, top_k)
+    return torch.stack([kl, l1, distances.overlap(*both, top_k).double().sum()])

@@ -149,8 +149,10 @@ class PairedScorer:
         return _as_row(shard.index, PairedLosses.concatenate(parts), routers) | unreadable.as_row()
 
     def _sequences(self, shard: Shard, limit: int | None, unreadable: UnreadableRows) -> Iterator[PackedSequence]:
-        length = self.config.data.sequence_length
-        return itertools.islice(pack_shard(shard, self.student.tokenizer, length, unreadable.handler), limit)
+        data = self.config.data
+        predict = data.sources[shard.source].predict
+        packed = pack_shard(shard, self.student.tokenizer, data.sequence_length, unreadable.handler, predict)
+        return itertools.islice(packed, limit)
 
     def _score(
         self, batch: Batch, half: NDArray[np.integer], names: Sequence[str]
@@ -245,7 +247,7 @@ def _report_unreadable(by_source: dict[str, list[dict[str, Any]]], config: Confi
 
 
 def _source_result(source: str, rows: list[dict[str, Any]], unreadable: int, config: Config) -> dict[str, Any]:
-    losses = PairedLosses.concatenate([_losses_of(row) for row in rows])
+    losses = PairedLosses.concatenate([_losses_of(row) for row in rows]).with_targets()
     _check(source, losses, config)
     drifts = [_drift_of(row) for row in rows]
     drift = sum(drifts[1:], start=drifts[0])
@@ -257,7 +259,7 @@ def _check(source: str, losses: PairedLosses, config: Config) -> None:
     if len(losses) < 2 or losses.num_bytes.sum() == 0:
         length = config.data.sequence_length
         raise DataError(
-            f"data.sources.{source}.heldout makes {len(losses)} sequences of {length} tokens; "
+            f"data.sources.{source}.heldout makes {len(losses)} sequences of {length} tokens with any to predict; "
             "at least 2 with text are needed for a confidence interval",
             "add held-out text or lower data.sequence_length",
         )

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from nexus_ray.data.packing import Batch
 
 Interval = tuple[float, float]
+_IGNORED = -100
 _CHUNK_BYTES = 64 << 20  # of float32 log-probabilities, or of bootstrap weights, held at one time
 
 
@@ -52,6 +53,11 @@ class PairedLosses:
             np.concatenate([np.zeros(0, np.int64), *(part.num_bytes for part in parts)]),
         )
 
+    def with_targets(self) -> PairedLosses:
+        """Without the sequences in which nothing is predicted: they say nothing."""
+        kept = self.targets > 0
+        return PairedLosses(self.base_nats[kept], self.student_nats[kept], self.targets[kept], self.num_bytes[kept])
+
 
 @dataclass(frozen=True)
 class Intervals:
@@ -75,12 +81,13 @@ def sequence_nats(logits: Tensor, batch: Batch) -> NDArray[np.float64]:
 
     Args:
         logits: [sequences, length, vocabulary]; position t predicts token t + 1.
-        batch: the tokens. Padding and the first token of a sequence are no targets.
+        batch: the tokens; those that are no targets count nothing.
 
     Returns:
         [sequences] sums, taken in float64 over float32 log-softmax.
     """
-    ids = torch.from_numpy(batch.input_ids).long().to(logits.device)
+    targets = np.where(batch.is_target, batch.input_ids, _IGNORED)
+    ids = torch.from_numpy(targets).long().to(logits.device)
     positions = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
     sums = [
         _summed_nats(logits[row, : tokens - 1], ids[row, 1:tokens], positions)
@@ -94,7 +101,9 @@ def _summed_nats(logits: Tensor, targets: Tensor, positions: int) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     for start in range(0, len(targets), positions):
         part = slice(start, start + positions)
-        total += F.cross_entropy(logits[part].float(), targets[part], reduction="none").double().sum()
+        total += (
+            F.cross_entropy(logits[part].float(), targets[part], ignore_index=_IGNORED, reduction="none").double().sum()
+        )
     return total
 
 

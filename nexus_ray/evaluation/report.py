@@ -22,7 +22,7 @@ from nexus_ray.evaluation import wording
 from nexus_ray.evaluation.markdown import render
 from nexus_ray.layout import RunLayout
 from nexus_ray.storage import write_json, write_text
-from nexus_ray.training.metrics import read_metrics
+from nexus_ray.training.watching.metrics import read_metrics
 
 FORMAT_VERSION = 1
 _SELECTION_KEYS = ("method", "top_k", "num_experts", "sources")

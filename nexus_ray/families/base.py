@@ -111,8 +111,23 @@ class MoeFamily(Protocol):
         """The router of each layer."""
         ...
 
+    def router_name(self, layer: int) -> str:
+        """Name of a layer's router in a checkpoint, whose tensors are `<name>.weight` and `<name>.bias`."""
+        ...
+
     def router_logits(self, output: Any) -> Tensor:
         """[tokens, experts] logits over all experts from what a router module returns."""
+        ...
+
+    def route(self, router: nn.Module, hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        """What the router would return if it had other parameters, bit for bit.
+
+        Args:
+            router: of a layer.
+            hidden_states: [tokens, hidden], as the router gets them.
+            weight: [experts, hidden] in place of its `weight`.
+            bias: [experts] in place of its `bias`.
+        """
         ...
 
     def expert_activation(self, gate: Tensor, up: Tensor, config: dict[str, Any]) -> Tensor:

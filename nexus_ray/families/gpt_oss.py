@@ -7,9 +7,10 @@ interleaved, MXFP4 blocks are [experts, rows, columns / 32, 16], bf16 matrices a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_ray.checkpoints.mxfp4 import BLOCK, dequantise
@@ -49,10 +50,20 @@ class GptOss(MoeFamily):
         """`model.layers.N.mlp.router`."""
         return [layer.get_submodule("mlp.router") for layer in self.layers(model)]
 
+    def router_name(self, layer: int) -> str:
+        """`model.layers.N.mlp.router`."""
+        return f"model.layers.{layer}.mlp.router"
+
     def router_logits(self, output: Any) -> Tensor:
         """The router returns (logits over all experts, top-k weights, top-k indices)."""
         logits: Tensor = output[0]
         return logits
+
+    def route(self, router: nn.Module, hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        """A linear layer, the k largest logits, and the softmax over these."""
+        logits = F.linear(hidden_states, weight, bias)
+        values, indices = torch.topk(logits, cast(int, router.top_k), dim=-1)
+        return logits, torch.softmax(values, dim=-1, dtype=values.dtype), indices
 
     def expert_activation(self, gate: Tensor, up: Tensor, config: dict[str, Any]) -> Tensor:
         """(up + 1) * gate * sigmoid(1.702 gate), with gate clamped above and up on both sides."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from nexus_ray.config import Config
-from nexus_ray.data.packing import encode_messages
+from nexus_ray.data.encoding import encode_messages
 from nexus_ray.errors import ArtefactError
 from nexus_ray.generation.harmony import HarmonyTokens
 from nexus_ray.generation.request import (

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nexus_ray.data.packing import batches, encode_document, pack, separator_id, token_byte_lengths
+from nexus_ray.data.encoding import encode_document
+from nexus_ray.data.packing import batches, pack, separator_id, token_byte_lengths
 from nexus_ray.data.row_forms import Document
 from nexus_ray.errors import ArtefactError, DataError
 from nexus_ray.evaluation.perplexity import bits_per_byte, sequence_nats, target_bytes, token_perplexity

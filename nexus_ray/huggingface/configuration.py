@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, GptOssConfig
 
 from nexus_ray.huggingface.registration import MODEL_TYPE, register_model
+
+if TYPE_CHECKING:
+    from nexus_ray.checkpoints.overlay import TrainedKind
 
 _EXPERTS_MEMORY = ("dequantised", "packed")
 
@@ -19,7 +22,7 @@ class NexusGptOssConfig(GptOssConfig):
 
     Attributes:
         shared_experts: `width`, `token_gate` and the rest of the overlay's description, as `nexus-ray export` wrote
-            it; `tensors_sha256` is the digest of the overlay's tensors.
+            it; `tensors_sha256` is the digest of the shared experts' tensors, `routers_sha256` that of trained routers.
         experts_memory: how `from_pretrained` keeps the routed experts: "dequantised" (as transformers does it) or
             "packed" (as they are stored: MXFP4 stays MXFP4, with a backward pass).
         packed_quantization_config: the checkpoint's `quantization_config` while its experts are packed, where
@@ -46,6 +49,12 @@ class NexusGptOssConfig(GptOssConfig):
         if self.experts_memory not in _EXPERTS_MEMORY:
             raise ValueError(f"experts_memory is {self.experts_memory!r}, not one of {', '.join(_EXPERTS_MEMORY)}")
         return self.experts_memory == "packed"
+
+    @property
+    def trained_routers(self) -> TrainedKind:
+        """Which parameters of the routers were trained."""
+        routers: TrainedKind = (self.shared_experts or {}).get("routers", "none")
+        return routers
 
     def kept_packed(self) -> Self:
         """A copy in which the quantisation is out of transformers' sight."""

@@ -1,7 +1,7 @@
 """Writing base and overlay as one Hugging Face directory that `AutoModelForCausalLM` loads after `import nexus_ray`.
 
-The base's shards are hard-linked where the file system can, else copied; the shared experts are one added shard. A
-hard link shares the base's file, so nothing here ever opens one for writing or changes its mode.
+The base's shards are hard-linked where the file system can, else copied; the shared experts and trained routers are
+one added shard. A hard link shares the base's file, so nothing here ever opens one for writing or changes its mode.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
-from nexus_ray.checkpoints.overlay import OverlayConfig, load_overlay
+from nexus_ray.checkpoints.overlay import ROUTERS, OverlayConfig, load_overlay
 from nexus_ray.checkpoints.reader import CheckpointReader, read_model_config
 from nexus_ray.checkpoints.writer import CheckpointWriter, TensorSpec
 from nexus_ray.console import progress
 from nexus_ray.errors import ConfigError, ModelError, StorageError
 from nexus_ray.families import family_of
+from nexus_ray.huggingface.exported_routers import exported_routers
 from nexus_ray.huggingface.model_card import model_card
 from nexus_ray.huggingface.registration import MODEL_TYPE
 from nexus_ray.storage import atomic_directory, make_directory, write_json, write_text
@@ -34,6 +35,7 @@ from nexus_ray.storage import atomic_directory, make_directory, write_json, writ
 ARCHITECTURE = "NexusGptOssForCausalLM"
 INDEX = "model.safetensors.index.json"
 SHARED_STEM = "model-shared-experts"
+_BASE_PREFIX = "model-base-"
 _SINGLE, _SINGLE_RENAMED = "model.safetensors", "model-base.safetensors"
 _COMPANIONS = (
     "tokenizer*",
@@ -58,7 +60,7 @@ class Export:
 
     Attributes:
         directory: where it is.
-        tensors: number of shared tensors.
+        tensors: number of added tensors.
         added_bytes: size of their shard.
         linked_bytes: size of the base shards that share the base's storage.
         copied_bytes: size of the base shards that were copied.
@@ -98,21 +100,24 @@ def export(
     if not base.is_dir():
         raise ModelError(f"model.path: no directory at {base}", "export needs the base on a local or mounted disk")
     config = read_model_config(base)
-    family_of(config)
+    family = family_of(config)
     description, tensors = load_overlay(overlay, fingerprint(base))
+    shared = {exported_name(name): tensor for name, tensor in tensors.items() if not name.startswith(ROUTERS)}
+    routers = exported_routers(base, family, description, tensors)
+    added = shared | routers
     plan = _Plan.of(base, make_directory(output.parent))
-    added_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    added_bytes = sum(tensor.nbytes for tensor in added.values())
     _check_disk(output, plan.copied_bytes + added_bytes)
     with atomic_directory(output) as temporary:
         _place_shards(plan, temporary)
-        _write_shared(temporary, tensors)
-        write_json(temporary / INDEX, _index(plan, tensors))
-        write_json(temporary / "config.json", _configuration(config, description, tensors))
+        _write_shared(temporary, added)
+        write_json(temporary / INDEX, _index(plan, added))
+        write_json(temporary / "config.json", _configuration(config, description, tensors, routers))
         write_text(temporary / "README.md", model_card(output.resolve().name, base.resolve().name, description))
         _copy_companions(base, temporary)
         if check is not None:
             check(temporary)
-    return Export(output, len(tensors), added_bytes, plan.linked_bytes, plan.copied_bytes)
+    return Export(output, len(added), added_bytes, plan.linked_bytes, plan.copied_bytes)
 
 
 @dataclass(frozen=True)
@@ -141,8 +146,7 @@ class _Plan:
             for name in reader.names:
                 shard = Path(reader.shard(name))
                 file = shard.relative_to(base).as_posix()
-                # transformers takes a file of this name for the whole model and ignores an index beside it
-                file = _SINGLE_RENAMED if file == _SINGLE else file
+                file = _exported_file(file)
                 shards[file] = shard.resolve()  # a hub cache holds symbolic links; a hard link needs the file itself
                 weight_map[name] = file
                 tensor_bytes += reader.entry(name).nbytes
@@ -165,7 +169,7 @@ def describe(done: Export) -> str:
         for how, size in (("linked", done.linked_bytes), ("copied", done.copied_bytes))
         if size
     ]
-    added = f"{done.added_bytes / 1e6:,.1f} MB in {done.tensors} shared tensors added"
+    added = f"{done.added_bytes / 1e6:,.1f} MB in {done.tensors} tensors added"
     return f"export: {done.directory} ({', '.join([*base, added])})"
 
 
@@ -213,6 +217,15 @@ def _is_export(directory: Path) -> bool:
         return False
 
 
+def _exported_file(file: str) -> str:
+    """Name in the export of one of the base's files."""
+    # transformers takes a file of this name for the whole model and ignores an index beside it
+    if file == _SINGLE:
+        return _SINGLE_RENAMED
+    # and reads every tensor of all files in the order of their names: of two of one name, the last file's counts
+    return file if file < SHARED_STEM else f"{_BASE_PREFIX}{file}"
+
+
 def _can_link(file: Path, directory: Path) -> bool:
     """Whether `directory` can hold a hard link to `file`: one file system, which has them, and permission."""
     probe = directory / f".{uuid.uuid4().hex[:8]}.partial"
@@ -254,26 +267,30 @@ def _copy(source: Path, destination: Path, advance: Callable[[int], None]) -> No
             advance(len(chunk) >> 20)
 
 
-def _write_shared(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    specs = [TensorSpec(exported_name(name), tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    whole = sum(tensor.nbytes for tensor in tensors.values())
+def _write_shared(directory: Path, added: Mapping[str, Tensor]) -> None:
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in added.items()]
+    whole = sum(tensor.nbytes for tensor in added.values())
     with CheckpointWriter(directory, specs, stem=SHARED_STEM, shard_bytes=whole) as writer:
-        for name, tensor in tensors.items():
-            writer.write(exported_name(name), tensor)
+        for name, tensor in added.items():
+            writer.write(name, tensor)
 
 
-def _index(plan: _Plan, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    shared = dict.fromkeys(map(exported_name, tensors), f"{SHARED_STEM}.safetensors")
-    total = plan.tensor_bytes + sum(tensor.nbytes for tensor in tensors.values())
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted((plan.weight_map | shared).items()))}
+def _index(plan: _Plan, added: Mapping[str, Tensor]) -> dict[str, Any]:
+    places = dict.fromkeys(added, f"{SHARED_STEM}.safetensors")
+    # a tensor in the place of one of the base's has its size
+    new = sum(tensor.nbytes for name, tensor in added.items() if name not in plan.weight_map)
+    weight_map = dict(sorted((plan.weight_map | places).items()))
+    return {"metadata": {"total_size": plan.tensor_bytes + new}, "weight_map": weight_map}
 
 
 def _configuration(
-    base: Mapping[str, Any], description: OverlayConfig, tensors: Mapping[str, Tensor]
+    base: Mapping[str, Any], description: OverlayConfig, tensors: Mapping[str, Tensor], routers: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """The base's config.json with another architecture and what the shared experts are."""
-    digest = tensors_digest({name: name for name in tensors}, tensors.__getitem__)
-    shared = description.model_dump(mode="json") | {"tensors_sha256": digest}
+    """The base's config.json with another architecture and what the shared experts and trained routers are."""
+    names = {name: name for name in tensors if not name.startswith(ROUTERS)}
+    shared = description.model_dump(mode="json") | {"tensors_sha256": tensors_digest(names, tensors.__getitem__)}
+    if routers:
+        shared["routers_sha256"] = tensors_digest({name: name for name in routers}, routers.__getitem__)
     return {**base, "model_type": MODEL_TYPE, "architectures": [ARCHITECTURE], "shared_experts": shared}
 
 

@@ -8,6 +8,7 @@ with respect to every one of them; do the logits change when the shared experts 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 from nexus_ray.checkpoints.reader import CheckpointReader, read_model_config
 from nexus_ray.errors import ArtefactError, ModelError
+from nexus_ray.families import FAMILIES
 from nexus_ray.huggingface.export import overlay_name, tensors_digest
+from nexus_ray.huggingface.exported_routers import base_names, trained_names
 from nexus_ray.huggingface.registration import MODEL_TYPE
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 _PROMPT_TOKENS = 4  # few, because each brings experts of its own to dequantise
 _PROMPT_STRIDE = 7919  # a prime, so that the tokens spread over the vocabulary
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(?:shared_expert\.|mlp\.)(.+)")
 _NAME_AN_EXPORT = "name a directory that `nexus-ray export CONFIG --output DIR` wrote"
 _EXPORT_AGAIN = "export it again with `nexus-ray export CONFIG --output DIR --overwrite`"
 
@@ -62,7 +66,7 @@ class MergeReport:
 
     Attributes:
         tensors: one check a shared tensor.
-        change: largest absolute change of a logit when the shared experts are switched off.
+        change: largest absolute change of a logit when the shared experts, and trained routers, are switched off.
         silent: the stored tensors make every shared expert output zero, as a zero-initialised overlay does.
     """
 
@@ -110,7 +114,8 @@ def merge_check(directory: Path) -> MergeReport:
     with CheckpointReader(directory) as reader:
         names = [name for name in reader.names if overlay_name(name) is not None]
         _check_digest(directory, config, names, reader.read)
-        return check_model(_load(directory), names, reader.read)
+        routers = _check_routers(directory, config, reader)
+        return check_model(_load(directory), [*names, *routers], reader.read)
 
 
 def check_model(model: NexusGptOssForCausalLM, names: Iterable[str], read: Callable[[str], Tensor]) -> MergeReport:
@@ -149,15 +154,15 @@ def summary(report: MergeReport) -> str:
     """One line for the end: `ok` and what it means."""
     effect = (
         "zero-initialised, so it computes what the base does"
-        if report.silent
+        if report.silent and report.change == 0
         else f"switching them off changes a logit by up to {report.change:.3g}"
     )
     return f"ok: all {len(report.tensors)} shared tensors are the overlay's and take part; {effect}"
 
 
 def _layer_and_kind(name: str) -> tuple[str, str]:
-    _, layer, kind = (overlay_name(name) or name).split(".", 2)
-    return layer, kind
+    match = _LAYER.fullmatch(name)
+    return (match[1], match[2]) if match else ("0", name)
 
 
 def _cell(check: TensorCheck | None) -> str:
@@ -174,6 +179,20 @@ def _check_digest(directory: Path, config: Mapping[str, Any], names: list[str], 
         raise ArtefactError(
             f"the shared tensors in {directory} are not those of the overlay that config.json describes", _EXPORT_AGAIN
         )
+
+
+def _check_routers(directory: Path, config: Mapping[str, Any], reader: CheckpointReader) -> list[str]:
+    """Names of the trained router tensors, which are those that config.json describes."""
+    described = config["shared_experts"]
+    layers, routers = described["layers"], described.get("routers", "none")
+    trained = trained_names(FAMILIES["gpt_oss"], layers, routers)
+    names = [*trained, *base_names(layers, routers)]
+    missing = [name for name in names if name not in reader]
+    if missing or (names and tensors_digest({n: n for n in names}, reader.read) != described.get("routers_sha256")):
+        raise ArtefactError(
+            f"the routers in {directory} are not those of the overlay that config.json describes", _EXPORT_AGAIN
+        )
+    return trained
 
 
 def _load(directory: Path) -> NexusGptOssForCausalLM:

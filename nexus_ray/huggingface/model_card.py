@@ -13,8 +13,8 @@ tags: [nexus-ray, mixture-of-experts, shared-expert]
 
 # {name}
 
-`{base}` with one shared expert added to every MoE layer by nexus-ray. The base's tensors are unchanged; the added
-ones are in `model-shared-experts.safetensors`. The licence is that of the base, and of the text it was trained on.
+`{base}` with one shared expert added to every MoE layer by nexus-ray. {tensors}
+The licence is that of the base, and of the text it was trained on.
 
 ```python
 import nexus_ray  # makes transformers know the architecture nexus_gpt_oss
@@ -31,6 +31,7 @@ with model.shared_experts_off():  # what the base would compute
 | | |
 |---|---|
 | shared experts | {layers} layers, width {width}, {gate}, {parameters:,} parameters |
+| routers | {routers} |
 | initialised with | {initialisation} |
 | training steps | {steps} |
 | fingerprint of the base | `{fingerprint}` |
@@ -39,6 +40,15 @@ An engine that does not know `nexus_gpt_oss` refuses this directory. Do not rena
 would compute the base and ignore the shared experts. `nexus-ray merge-check DIR` proves that they take part.
 
 """
+
+
+_ADDED = "`model-shared-experts.safetensors`"
+_TENSORS = {
+    "none": f"The base's tensors are unchanged;\nthe added ones are in {_ADDED}.",
+    "bias": f"The biases of its routers were trained\ntoo; they and the added tensors are in {_ADDED}.",
+    "all": f"Its routers were trained too;\nthey and the added tensors are in {_ADDED}.",
+}
+_ROUTERS = {"none": "the base's", "bias": "trained biases", "all": "trained"}
 
 
 def model_card(name: str, base: str, description: OverlayConfig) -> str:
@@ -52,6 +62,8 @@ def model_card(name: str, base: str, description: OverlayConfig) -> str:
     return _CARD.format(
         name=name,
         base=base,
+        tensors=_TENSORS[description.routers],
+        routers=_ROUTERS[description.routers],
         layers=description.layers,
         width=description.width,
         gate="one sigmoid gate per token" if description.token_gate else "no gate",

@@ -8,6 +8,7 @@ to that of whatever module is its `mlp` now. Being the layer's child also keeps 
 
 from __future__ import annotations
 
+import copy
 import functools
 from contextlib import AbstractContextManager
 from typing import Any, Self
@@ -15,10 +16,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, GptOssModel, initialization
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssTopKRouter
 
 from nexus_ray.families import FAMILIES
 from nexus_ray.huggingface.configuration import NexusGptOssConfig
+from nexus_ray.huggingface.exported_routers import trained_names
 from nexus_ray.modeling.packed_experts import PackedExperts
 from nexus_ray.modeling.shared_expert import (
     Activation,
@@ -33,7 +35,10 @@ _FAMILY = FAMILIES["gpt_oss"]
 
 
 class NexusGptOssDecoderLayer(GptOssDecoderLayer):
-    """A GPT-OSS layer: routed experts in `mlp` as the configuration wants them, plus `shared_expert`."""
+    """A GPT-OSS layer: routed experts in `mlp` as the configuration wants them, plus `shared_expert`.
+
+    Where the router in `mlp` was trained, `base_router` is the one it was, for when the shared experts are off.
+    """
 
     def __init__(self, config: NexusGptOssConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -47,16 +52,26 @@ class NexusGptOssDecoderLayer(GptOssDecoderLayer):
                 dtype=torch.get_default_dtype(),
             )
         self.shared_expert = SharedExpert(_shape(config), activation)
+        self.base_router = GptOssTopKRouter(config) if config.trained_routers != "none" else None
 
     def forward(self, hidden_states: Tensor, **attention: Any) -> Tensor:
         """[batch, length, hidden] to the same; `attention` is what `self_attn` takes besides."""
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention)
         hidden_states = hidden_states + attended
         inputs = self.post_attention_layernorm(hidden_states)
-        output, _ = self.mlp(inputs)
+        output, _ = self._block()(inputs)
         if not shared_experts_are_off():
             output = output + self.shared_expert(inputs)
         return hidden_states + output
+
+    def _block(self) -> nn.Module:
+        """The MoE block as it is or, while the shared experts are off, as it was with the base's router."""
+        if self.base_router is None or not shared_experts_are_off():
+            block: nn.Module = self.mlp
+            return block
+        block = copy.copy(self.mlp)  # of its own, since another thread may be using the student's at the same time
+        block._modules = self.mlp._modules | {"router": self.base_router}
+        return block
 
 
 class NexusGptOssModel(GptOssModel):
@@ -121,8 +136,9 @@ class NexusGptOssForCausalLM(GptOssForCausalLM):
         super().save_pretrained(save_directory, **kwargs)
 
     def shared_tensors(self) -> dict[str, nn.Parameter]:
-        """{name in the checkpoint: parameter} of all shared experts."""
-        return {name: value for name, value in self.named_parameters() if SHARED_EXPERT in name}
+        """{name in the checkpoint: parameter} of all shared experts and trained routers."""
+        routers = trained_names(_FAMILY, self.config.num_hidden_layers, self.config.trained_routers)
+        return {name: value for name, value in self.named_parameters() if SHARED_EXPERT in name or name in routers}
 
     def shared_experts_off(self) -> AbstractContextManager[None]:
         """Within the block, in this thread or task, the model computes exactly what its base does."""

@@ -14,15 +14,18 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
-from nexus_ray.checkpoints.overlay import OverlayConfig, load_overlay
+from nexus_ray.checkpoints.overlay import ROUTERS, OverlayConfig, TrainedKind, load_overlay
 from nexus_ray.checkpoints.reader import read_model_config
-from nexus_ray.config import ModelSection
-from nexus_ray.data.packing import Batch
+from nexus_ray.config import Attention, ModelSection
+from nexus_ray.data.packing import Batch, separator_id
 from nexus_ray.errors import ModelError
 from nexus_ray.families import MoeDimensions, MoeFamily, family_of
 from nexus_ray.memory import bound_shape_caches
+from nexus_ray.modeling.documents import document_positions, within_documents
 from nexus_ray.modeling.packed_experts import ExpertNorms, PackedExperts
+from nexus_ray.modeling.recomputation import checkpointed, recomputing, require_checkpointing
 from nexus_ray.modeling.shared_expert import Activation, SharedExperts, SharedExpertShape
+from nexus_ray.modeling.trained_routers import TrainedRouters, load_trained_routers
 from nexus_ray.modeling.weights import build_model
 
 
@@ -39,7 +42,10 @@ class LoadedModel:
         fingerprint: identity of the base.
         device: where it is.
         shared_experts: the attached shared experts, None on a plain base.
+        routers: the attached differences of trained routers, None where the routers are the base's.
         overlay: their description, None on a plain base.
+        attention: what a token of a packed sequence attends to, as `model.attention` says.
+        checkpointing: whether passes with gradients keep only each layer's input, see `checkpoint_layers`.
     """
 
     model: PreTrainedModel
@@ -50,11 +56,42 @@ class LoadedModel:
     fingerprint: str
     device: torch.device
     shared_experts: SharedExperts | None = None
+    routers: TrainedRouters | None = None
     overlay: OverlayConfig | None = None
+    attention: Attention = "sequence"
+    checkpointing: bool = False
 
     def base(self) -> AbstractContextManager[None]:
         """Within the block the model computes what the base does."""
         return self.shared_experts.disabled() if self.shared_experts is not None else nullcontext()
+
+    def train_routers(self, routers: TrainedKind) -> None:
+        """Attach router differences of zero for those of `routers` that a student's overlay has none for.
+
+        What the model computes stays the same, and `overlay` describes them too; `trained_parameters` hands them out.
+        """
+        assert self.overlay is not None
+        self.overlay = self.overlay.with_routers(routers, self.dimensions.experts)
+        if self.routers is not None:
+            self.routers.widen(routers)
+        elif self.overlay.routers != "none":
+            self.routers = TrainedRouters(self.overlay, self.family)
+            self.routers.attach(self.family.routers(self.model))
+
+    def checkpoint_layers(self) -> None:
+        """From now on passes with gradients keep only each layer's input, and backward computes the layer again.
+
+        Outputs and gradients are what they are without it; the modules stay in evaluation mode.
+
+        Raises:
+            ModelError: this model's layers cannot do it.
+        """
+        require_checkpointing(self.family.layers(self.model))
+        self.checkpointing = True
+
+    def _checkpointed(self) -> AbstractContextManager[None]:
+        on = self.checkpointing and torch.is_grad_enabled()
+        return checkpointed(self.family.layers(self.model)) if on else nullcontext()
 
     @property
     def head(self) -> Tensor:
@@ -74,10 +111,20 @@ class LoadedModel:
             final hidden states [sequences, length, hidden] after the last norm, which `head` makes logits from, and
             router logits [sequences, length, layers, experts].
         """
-        with self.recording_routers() as records:
-            output = self.model.base_model(input_ids=input_ids, attention_mask=valid.long(), use_cache=False)
+        with self._checkpointed(), self.recording_routers() as records:
+            output = self.model.base_model(input_ids=input_ids, use_cache=False, **self._attended(input_ids, valid))
         layers = torch.stack(records, dim=1)
         return output.last_hidden_state, layers.view(*input_ids.shape, *layers.shape[1:])
+
+    @functools.cached_property
+    def _separator(self) -> int:
+        return separator_id(self.tokenizer)
+
+    def _attended(self, input_ids: Tensor, valid: Tensor) -> dict[str, Any]:
+        """Arguments that say what each token attends to."""
+        if self.attention == "sequence":
+            return {"attention_mask": valid.long()}
+        return within_documents(self.model, document_positions(input_ids, valid, self._separator))
 
     def forward(self, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """`hidden_states`, and the LM head on all of them: logits [sequences, length, vocabulary] in one tensor."""
@@ -103,12 +150,12 @@ class LoadedModel:
     def recording_routers(self) -> Iterator[list[Tensor]]:
         """Collect each layer's router logits [tokens, experts], in layer order, of one forward pass."""
         records: list[Tensor] = []
-        hooks = [
-            router.register_forward_hook(
-                lambda _m, _i, output: records.append(self.family.router_logits(output).to(self.device))
-            )
-            for router in self.family.routers(self.model)
-        ]
+
+        def record(_router: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            if not recomputing():
+                records.append(self.family.router_logits(output).to(self.device))
+
+        hooks = [router.register_forward_hook(record) for router in self.family.routers(self.model)]
         try:
             yield records
         finally:
@@ -155,7 +202,8 @@ def load_base(section: ModelSection, devices: Sequence[torch.device] | None = No
         section.path, config, family, experts=section.experts, dtype=_dtype(section, places[0]), devices=places
     )
     tokenizer = load_tokenizer(section.path, config)
-    return LoadedModel(model, tokenizer, family, config, family.dimensions(config), identity, places[0])
+    sizes = family.dimensions(config)
+    return LoadedModel(model, tokenizer, family, config, sizes, identity, places[0], attention=section.attention)
 
 
 def load_student(section: ModelSection, overlay: Path, devices: Sequence[torch.device] | None = None) -> LoadedModel:
@@ -174,6 +222,9 @@ def load_student(section: ModelSection, overlay: Path, devices: Sequence[torch.d
     experts.attach(blocks)
     loaded.shared_experts = experts
     loaded.overlay = description
+    if description.routers != "none":
+        loaded.routers = load_trained_routers(description, tensors, loaded.family)
+        loaded.routers.attach(loaded.family.routers(loaded.model))
     return loaded
 
 
@@ -194,7 +245,8 @@ def load_shared_experts(description: OverlayConfig, tensors: dict[str, Tensor], 
     """
     with torch.device("meta"):
         experts = build_shared_experts(description, function)
-    experts.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    shared = {name: tensor.float() for name, tensor in tensors.items() if not name.startswith(ROUTERS)}
+    experts.load_state_dict(shared, assign=True)
     return experts
 
 

@@ -3,8 +3,10 @@
 `PackedExperts` takes the place of a GPT-OSS layer's `mlp.experts`. It keeps blocks and scales as the checkpoint
 stores them (its parameters have the file's names) and dequantises one expert at a time, in forward and again in
 backward; no dequantised weight outlives its use. The weights are frozen, so backward gives the gradients of the
-hidden states and of the routing weights only, and saves nothing but the layer's inputs. Plain (unpacked)
-checkpoints go through the same computation. Legend: T tokens, k experts a token, E experts, H hidden, I intermediate.
+hidden states and of the routing weights only, and saves nothing but the layer's inputs; where gradient checkpointing
+runs the layer again right before its backward pass, also the first projections, which are then not computed a third
+time. Plain (unpacked) checkpoints go through the same computation. Legend: T tokens, k experts a token, E experts,
+H hidden, I intermediate.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from nexus_ray.checkpoints.mxfp4 import BLOCK, BLOCK_BYTES, dequantise
 from nexus_ray.families import MoeDimensions
 from nexus_ray.memory import fresh
+from nexus_ray.modeling.recomputation import recomputing
 
 Activation = Callable[[Tensor, Tensor], Tensor]
 # One dequantised expert, kept by each thread for the next one: fresh pages cost more than the values in them.
@@ -69,6 +72,7 @@ class PackedExperts(nn.Module):
         self.packed = packed
         self._recorder: list[ExpertNorms] | None = None
         hidden, inner = dimensions.hidden_size, dimensions.intermediate_size
+        self.projections = 2 * inner
         for name, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
             if packed:
                 groups = (self.num_experts, rows, columns // BLOCK)
@@ -171,14 +175,19 @@ class _FrozenExperts(torch.autograd.Function):
         experts: PackedExperts,
         norms: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(hidden_states, routing_weights)
         ctx.routes, ctx.experts = routes, experts
         dtype = hidden_states.dtype
         total = torch.zeros_like(hidden_states, dtype=_accumulator(dtype))
+        projections = _projections(hidden_states, routes, experts)
+        ctx.save_for_backward(hidden_states, routing_weights, projections)
+        kept = _by_expert(projections, routes)
         with torch.autocast(hidden_states.device.type, enabled=False):
             for expert, tokens, slots in routes.by_expert():
                 inputs = hidden_states.index_select(0, tokens)
-                inner = experts.activate(_linear(experts, "gate_up_proj", expert, inputs))
+                gate_up = _linear(experts, "gate_up_proj", expert, inputs)
+                if kept is not None:
+                    kept[expert].copy_(gate_up)
+                inner = experts.activate(gate_up)
                 outputs = _linear(experts, "down_proj", expert, inner)
                 weights = routing_weights[tokens, slots]
                 total.index_add_(0, tokens, (outputs * weights.unsqueeze(-1)).to(total.dtype))
@@ -188,7 +197,8 @@ class _FrozenExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden_states, routing_weights = ctx.saved_tensors
+        hidden_states, routing_weights, projections = ctx.saved_tensors
+        kept = _by_expert(projections, ctx.routes)
         experts: PackedExperts = ctx.experts
         dtype = hidden_states.dtype
         output_gradient = gradients[0].to(dtype)
@@ -196,10 +206,13 @@ class _FrozenExperts(torch.autograd.Function):
         weights_gradient = torch.zeros_like(routing_weights)
         with torch.autocast(hidden_states.device.type, enabled=False):
             for expert, tokens, slots in ctx.routes.by_expert():
-                inputs = hidden_states.index_select(0, tokens)
                 gradient = output_gradient.index_select(0, tokens)
                 gate_up_weight = experts.matrix("gate_up_proj", expert, dtype)
-                gate_up = torch.addmm(experts.bias("gate_up_proj", expert, dtype), inputs, gate_up_weight.T)
+                if kept is not None:
+                    gate_up = kept[expert]
+                else:
+                    inputs = hidden_states.index_select(0, tokens)
+                    gate_up = torch.addmm(experts.bias("gate_up_proj", expert, dtype), inputs, gate_up_weight.T)
                 inner_gradient = gradient @ experts.matrix("down_proj", expert, dtype)  # of an unweighted one
                 inner, gate_up_gradient = _activation_gradient(
                     experts, gate_up, inner_gradient * routing_weights[tokens, slots].unsqueeze(-1)
@@ -209,6 +222,20 @@ class _FrozenExperts(torch.autograd.Function):
                 weights_gradient[tokens, slots] = along.to(dtype)
                 inputs_gradient.index_add_(0, tokens, (gate_up_gradient @ gate_up_weight).to(inputs_gradient.dtype))
         return inputs_gradient.to(dtype), weights_gradient, None, None, None
+
+
+def _projections(hidden_states: Tensor, routes: _Routes, experts: PackedExperts) -> Tensor:
+    """[T * k, 2I] memory for gate and up projections when a layer is run again, else one number that looks like it.
+
+    Checkpointing wants what both runs save to look alike, and gives backward what the second one saved.
+    """
+    shape = (len(routes.order), experts.projections)
+    return hidden_states.new_empty(shape) if recomputing() else hidden_states.new_empty(()).expand(shape)
+
+
+def _by_expert(projections: Tensor, routes: _Routes) -> tuple[Tensor, ...] | None:
+    """[tokens of an expert, 2I] for each expert; None when there is no memory behind it."""
+    return None if projections.stride(-1) == 0 else projections.split(routes.counts)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -99,15 +99,20 @@ class SharedExperts(nn.Module):
         return shared_experts_off()
 
 
-@contextmanager
-def shared_experts_off() -> Iterator[None]:
+def shared_experts_off() -> AbstractContextManager[None]:
     """Within the block, in this thread or task, every model with shared experts computes what its base does."""
-    token = _DISABLED.set(True)
-    _count_contexts(1)
+    return shared_experts_switched(off=True)
+
+
+@contextmanager
+def shared_experts_switched(*, off: bool) -> Iterator[None]:
+    """Within the block, in this thread or task, shared experts are off, or on, whatever they are around it."""
+    token = _DISABLED.set(off)
+    _count_contexts(int(off))
     try:
         yield
     finally:
-        _count_contexts(-1)
+        _count_contexts(-int(off))
         _DISABLED.reset(token)
 
 

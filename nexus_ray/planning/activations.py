@@ -2,7 +2,8 @@
 
 The frozen base saves only what carries a gradient to the shared experts below, so the first layer's attention and
 routed experts save nothing, and no weight gradient's input is kept but the shared experts'. The formulas list what
-each operation of transformers' eager GPT-OSS, of `PackedExperts` and of `SharedExpert` saves.
+each operation of transformers' eager GPT-OSS, of `PackedExperts` and of `SharedExpert` saves. `model.attention` changes
+nothing here: masks that keep documents apart are as large as those that only keep padding out.
 Legend: N tokens of a micro-batch (B sequences x T tokens), H hidden, A heads x head size, E experts, k experts a
 token, I routed width, W shared width, V vocabulary, c bytes of the compute type.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nexus_ray.checkpoints.overlay import TrainedKind
 from nexus_ray.planning.sizes import ModelSizes
 
 _FLOAT32, _INDEX = 4, 8
@@ -28,6 +30,8 @@ class Workload:
         width: W of the shared experts.
         token_gate: they have a gate per token.
         learn_scale: their output scale is trained.
+        routers: which parameters of the routers are trained.
+        checkpointed: only each layer's input is kept for backward.
     """
 
     sequences: int
@@ -37,6 +41,8 @@ class Workload:
     width: int
     token_gate: bool
     learn_scale: bool
+    routers: TrainedKind = "none"
+    checkpointed: bool = False
 
     @property
     def tokens(self) -> int:
@@ -96,6 +102,21 @@ def shared_expert_saved(sizes: ModelSizes, work: Workload, *, first: bool) -> in
     return values * work.itemsize
 
 
+def trained_routers_saved(sizes: ModelSizes, work: Workload) -> int:
+    """What only trained routers need: the first layer's routing and outputs of dequantised experts, which their weights
+    multiply, and each further layer's sum of base and difference.
+    """
+    if work.routers == "none":
+        return 0
+    dimensions, saved = sizes.dimensions, routing_saved(sizes, work)
+    if work.experts != "packed":
+        outputs = (2 if work.experts == "eager" else 1) * dimensions.hidden_size * work.itemsize
+        order = 0 if work.experts == "batched_mm" else 3 * _INDEX
+        saved += work.tokens * dimensions.experts_per_token * (outputs + order)
+    sums = dimensions.layers - 1 if work.routers == "all" else 0
+    return saved + sums * dimensions.experts * dimensions.hidden_size * work.itemsize
+
+
 def router_logits(sizes: ModelSizes, work: Workload) -> int:
     """All layers' router logits as they are recorded, and stacked."""
     return 2 * work.tokens * sizes.dimensions.layers * sizes.dimensions.experts * work.itemsize
@@ -103,16 +124,40 @@ def router_logits(sizes: ModelSizes, work: Workload) -> int:
 
 def saved_for_backward(sizes: ModelSizes, work: Workload) -> int:
     """Everything that is kept from a forward pass of the student until its backward pass, logits and losses aside."""
-    layers = sizes.dimensions.layers
-    layer = (
+    layers, last = sizes.dimensions.layers, norm_saved(sizes, work)
+    if work.checkpointed:
+        return layers * _layer_input(sizes, work) + _masks(work) + last + router_logits(sizes, work) // 2
+    first = shared_expert_saved(sizes, work, first=True)
+    routers = trained_routers_saved(sizes, work) + router_logits(sizes, work)
+    return first + (layers - 1) * layer_saved(sizes, work) + last + routers
+
+
+def layer_saved(sizes: ModelSizes, work: Workload) -> int:
+    """What a layer that is not checkpointed keeps until its backward pass."""
+    return (
         attention_saved(sizes, work)
         + 2 * norm_saved(sizes, work)
         + routing_saved(sizes, work)
         + routed_experts_saved(sizes, work)
         + shared_expert_saved(sizes, work, first=False)
     )
-    first = shared_expert_saved(sizes, work, first=True)
-    return first + (layers - 1) * layer + norm_saved(sizes, work) + router_logits(sizes, work)
+
+
+def layer_recomputed(sizes: ModelSizes, work: Workload) -> int:
+    """What a checkpointed layer holds when it has run again: packed experts keep their first projections then."""
+    projections = work.tokens * sizes.dimensions.experts_per_token * 2 * sizes.dimensions.intermediate_size
+    return layer_saved(sizes, work) + (projections * work.itemsize if work.experts == "packed" else 0)
+
+
+def _layer_input(sizes: ModelSizes, work: Workload) -> int:
+    """What a checkpointed layer keeps; packed experts keep the order of tokens by expert too."""
+    order = sizes.dimensions.experts_per_token * _INDEX if work.experts == "packed" else 0
+    return work.tokens * (sizes.dimensions.hidden_size * work.itemsize + order)
+
+
+def _masks(work: Workload) -> int:
+    """Of full and of sliding attention, [B, 1, T, T] each, with which checkpointed layers run again."""
+    return 2 * work.tokens * work.length * work.itemsize
 
 
 def layer_working(sizes: ModelSizes, work: Workload) -> int:

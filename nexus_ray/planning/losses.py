@@ -1,7 +1,7 @@
 """Micro-batches of training, and the bytes that its losses take beside the model's layers.
 
-Logits are formed for a few positions at a time (`training/chunked.py`), so nothing grows with both the batch and the
-vocabulary. One unit is a chunk's float32 logits, [chunk, V].
+Logits are formed for a few positions at a time (`training/losses/chunked.py`), so nothing grows with both the batch
+and the vocabulary. One unit is a chunk's float32 logits, [chunk, V].
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from nexus_ray.planning.sizes import ModelSizes
 from nexus_ray.planning.target_sizes import SourceTargets
 from nexus_ray.targets.encoding.encodings import HiddenEncoding
 from nexus_ray.targets.encoding.routers import RouterEncoding
-from nexus_ray.training.order import worker_groups
+from nexus_ray.training.feeding.order import worker_groups
 
 _FLOAT32 = 4
 _DENSE_UNITS = {"forward_kl": 3, "reverse_kl": 2, "jsd": 4}  # float32 [chunk, V] besides the logits
-_ROUTER_SAVED, _ROUTER_WORKING = 2, 7  # float32 [positions, L', E] of the router loss: kept for backward, and in all
+# Terms without the LM head, in the order in which they are computed: float32 buffers of the size of what they compare
+# that are kept for backward, and those at the worst moment, the kept ones among them.
+_OTHERS = {"hidden_mse": (1, 3), "router_kl": (2, 7), "load_balancing": (1, 3), "router_z": (1, 2.5)}
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class LossBuffers:
         kept: until its backward pass is over: final hidden states, their gradients, what an online teacher said.
         chunk: float32 buffers over the vocabulary, of one chunk.
         block: of the largest single one of them.
-        working: copies of hidden states, and router probabilities.
+        working: copies of hidden states, their differences from the teacher's, and router probabilities.
     """
 
     kept: int
@@ -43,7 +45,7 @@ class LossBuffers:
 
 def micro_batches(config: Config) -> list[dict[str, int]]:
     """Sequences by source of each micro-batch of the first worker in one step, in order."""
-    step = {name: np.arange(section.sequences_per_step) for name, section in config.train.sources.items()}
+    step = {name: np.arange(count) for name, count in config.sequences_per_step().items()}
     groups = worker_groups(step, 0, config.resources.workers, config.train.micro_batch_sequences)
     return [{name: len(sequences) for name, sequences in group} for group in groups]
 
@@ -73,17 +75,17 @@ def loss_buffers(
     chunk = block = working = 0
     for name, sequences in batch.items():
         section, positions = config.train.sources[name], sequences * (length - 1)
-        next_token = bool(section.cross_entropy or section.output_kl)
-        if next_token and not validating:
+        if (section.cross_entropy or section.output_kl) and not validating:
             kept += positions * state
         if online:
-            kept += bool(section.output_kl) * positions * state
+            kept += section.needs_output * positions * state
         unit = min(chunk_positions(sizes.vocabulary, config.compute_device), positions) * sizes.vocabulary * _FLOAT32
         units = chunk_units(config, section, targets[name], validating=validating)
         chunk, block = max(chunk, units * unit), max(block, unit)
-        router = _router_values(section, sizes, targets[name], sequences * length, online=online) * _FLOAT32
-        kept += router * (online + _ROUTER_SAVED * (not validating))
-        working = max(working, positions * state, (_ROUTER_WORKING - _ROUTER_SAVED * (not validating)) * router)
+        router = _router_values(section, sizes, targets[name], sequences * length, online=online)
+        saved, at_work = _others(section, _compared(sizes, sequences, length, router), validating=validating)
+        kept += saved + online * router * _FLOAT32
+        working = max(working, positions * state, at_work)
     return LossBuffers(kept, chunk, block, working)
 
 
@@ -101,6 +103,25 @@ def chunk_units(
         return 2 * cross_entropy
     dense = config.train.mode == "online" or isinstance(targets.output, HiddenEncoding)
     return 1 + cross_entropy + (_DENSE_UNITS[config.train.output_divergence] if dense else 1)
+
+
+def _compared(sizes: ModelSizes, sequences: int, length: int, router: int) -> dict[str, int]:
+    """Values that each of `_OTHERS` compares: hidden states where a token is predicted, or logits of routers."""
+    dimensions = sizes.dimensions
+    every = sequences * length * dimensions.layers * dimensions.experts
+    hidden = sequences * (length - 1) * dimensions.hidden_size
+    return {"hidden_mse": hidden, "router_kl": router, "load_balancing": every, "router_z": every}
+
+
+def _others(section: TrainSourceSection, compared: Mapping[str, int], *, validating: bool) -> tuple[int, int]:
+    """Bytes that a source's terms without the LM head keep until backward, and what they take besides."""
+    kept = most = 0
+    for term, (saved, units) in _OTHERS.items():
+        if getattr(section, term):
+            size = compared[term] * _FLOAT32
+            most = max(most, kept + int(units * size))
+            kept += 0 if validating else saved * size
+    return kept, most - kept
 
 
 def _router_values(

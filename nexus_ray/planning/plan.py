@@ -12,6 +12,7 @@ from typing import Any
 from nexus_ray.config import Config
 from nexus_ray.planning.machine import Machine, this_machine
 from nexus_ray.planning.needs import Part
+from nexus_ray.planning.schedules import Schedules, make_schedules
 from nexus_ray.planning.sizes import ModelSizes, read_sizes
 from nexus_ray.planning.stages import stage_needs
 from nexus_ray.planning.storage import storage_parts
@@ -52,6 +53,7 @@ class Plan:
     targets: dict[str, SourceTargets]
     tokens: dict[str, SourceTokens]
     times: tuple[PassTime, ...]
+    schedules: Schedules
 
     @property
     def storage_bytes(self) -> int:
@@ -80,6 +82,7 @@ class Plan:
             "targets": {name: _targets_as_dict(value) for name, value in self.targets.items()},
             "tokens": {name: asdict(value) | {"epochs": value.epochs} for name, value in self.tokens.items()},
             "base_passes": {each.stage: asdict(each) for each in self.times},
+            "schedules": self.schedules.as_dict(),
         }
 
 
@@ -104,11 +107,12 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
         targets=worker.targets,
         tokens={name: _tokens(config, name, source, known=name in text) for name, source in worker.targets.items()},
         times=pass_times(config, sizes, worker.targets),
+        schedules=make_schedules(config),
     )
 
 
 def _tokens(config: Config, name: str, source: SourceTargets, *, known: bool) -> SourceTokens:
-    sequences = config.train.steps * config.train.sources[name].sequences_per_step
+    sequences = config.train.steps * config.sequences_per_step()[name]
     return SourceTokens(source.tokens if known else None, sequences * config.data.sequence_length)
 
 

@@ -15,9 +15,18 @@ _FLOAT16, _FLOAT32, _FLOAT64, _ID = 2, 4, 8, 4
 _HALVES = 2
 
 
-def checkpoint_bytes(overlay: OverlaySize) -> int:
-    """A training checkpoint: trained parameters and both moments in float32."""
-    return 3 * overlay.trained * _FLOAT32
+def checkpoint_bytes(config: Config, overlay: OverlaySize) -> int:
+    """A recovery checkpoint: trained parameters in float32, the optimiser's moments, and the anchor of merges."""
+    return (1 + _keeps_anchor(config)) * best_bytes(overlay) + overlay.moments
+
+
+def best_bytes(overlay: OverlaySize) -> int:
+    """The best weights: trained parameters in float32."""
+    return overlay.trained * _FLOAT32
+
+
+def _keeps_anchor(config: Config) -> bool:
+    return config.train.averaging.every is not None and config.train.averaging.anchor == "previous"
 
 
 def moments_bytes(sizes: ModelSizes) -> int:
@@ -49,7 +58,7 @@ def storage_parts(
     config: Config, sizes: ModelSizes, overlay: OverlaySize, targets: Mapping[str, SourceTargets]
 ) -> tuple[Part, ...]:
     """What the run directory holds at its fullest."""
-    checkpoint, keep = checkpoint_bytes(overlay), config.train.keep_checkpoints
+    checkpoint, keep = checkpoint_bytes(config, overlay), config.train.keep_checkpoints
     tokens = sum(source.tokens for source in targets.values())
     stored = sum(source.stored_bytes for source in targets.values())
     return (
@@ -57,5 +66,5 @@ def storage_parts(
         Part("overlays", 2 * overlay.stored_bytes, f"initial and trained, {config.convert.dtype}"),
         Part("targets", stored, f"about {tokens:,} tokens, before compression"),
         Part("recovery checkpoints", (keep + 1) * checkpoint, f"{keep} kept, one more while it is written"),
-        Part("best checkpoint", 2 * checkpoint, "one more while it is replaced"),
+        Part("best weights", 2 * best_bytes(overlay), "once more while they are replaced"),
     )

@@ -11,14 +11,16 @@ from rich.text import Text
 
 from nexus_ray.planning.needs import GIB, MIB
 from nexus_ray.planning.plan import Plan
+from nexus_ray.planning.schedule_table import show_schedules
 from nexus_ray.planning.teacher_time import SUSTAINED_GPU_FLOP
 from nexus_ray.planning.verdicts import StageVerdict
 
 
 def show_plan(plan: Plan) -> RenderableType:
-    """Memory by stage and by part, what to change, storage, targets and tokens, and the time of the base's passes."""
+    """Memory by stage and by part, what to change, storage, targets and tokens, the base's passes, schedules."""
     memory = Group(_parts(plan), _stages(plan), *_problems(plan))
-    return Group(memory, _storage(plan), _targets(plan), *_tokens(plan), *_times(plan))
+    text = Group(_storage(plan), _targets(plan), *_tokens(plan), *_times(plan))
+    return Group(memory, text, show_schedules(plan.schedules))
 
 
 def size_text(size: int) -> str:

@@ -86,7 +86,7 @@ def source_targets(config: Config, sizes: ModelSizes, text: Mapping[str, SourceT
     Raises:
         ConfigError: the settings of targets do not fit the model.
     """
-    with_output, with_router = sources_with(config, "output_kl"), sources_with(config, "router_kl")
+    with_output, with_router = sources_with(config, "needs_output"), sources_with(config, "router_kl")
     hidden, wanted = sizes.dimensions.hidden_size, config.targets.max_tokens
     output = output_encoding(config, vocabulary=sizes.vocabulary, hidden_size=hidden) if with_output else None
     router = router_encoding(config, sizes.dimensions) if with_router else None

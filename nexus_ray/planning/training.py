@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 
-from nexus_ray.planning.activations import layer_working, saved_for_backward
+from nexus_ray.planning.activations import layer_recomputed, layer_working, saved_for_backward
 from nexus_ray.planning.losses import loss_buffers, micro_batches
 from nexus_ray.planning.needs import Part, Phase, StageNeeds, phase
-from nexus_ray.planning.storage import checkpoint_bytes
+from nexus_ray.planning.optimiser import update_bytes
+from nexus_ray.planning.storage import best_bytes, checkpoint_bytes
 from nexus_ray.planning.worker import FLOAT32, Worker
 from nexus_ray.targets.reading.reader import CACHE_BYTES
-from nexus_ray.training.feed import READ_AHEAD
+from nexus_ray.training.feeding.feed import READ_AHEAD
 
 _HELD_BATCHES = READ_AHEAD + 1  # micro-batches in the memory of the host, decoded
 
@@ -18,14 +20,16 @@ _HELD_BATCHES = READ_AHEAD + 1  # micro-batches in the memory of the host, decod
 def training_needs(worker: Worker) -> StageNeeds:
     """Training: the worst of its micro-batches at each moment, and the optimiser's step."""
     targets, moved = _targets(worker)
-    always = (*worker.fixed(), *_state(worker), *(targets if worker.device == "cpu" else (moved,)))
+    checkpoint = checkpoint_bytes(worker.config, worker.overlay)
+    writing = Part("checkpoint", checkpoint, "a copy, while it is written", worker.overlay.largest * FLOAT32)
+    always = (*worker.fixed(), *_state(worker), *((*targets, writing) if worker.device == "cpu" else (moved,)))
     phases = [phase("optimiser step", *always, *_gradients(worker), _optimiser_working(worker))]
     batches = micro_batches(worker.config)
     earlier = _gradients(worker) if len(batches) > 1 else _buckets(worker)
     for batch in {tuple(batch.items()): batch for batch in batches}.values():
         phases += _micro_batch_phases(worker, batch, always, earlier)
     phases += _validation(worker, always)
-    host = max(worker.overlay_loading(), checkpoint_bytes(worker.overlay)) + sum(part.size for part in targets)
+    host = max(worker.overlay_loading(), checkpoint) + sum(part.size for part in targets)
     return worker.stage("train", worker.config.resources.workers, *phases, host=host)
 
 
@@ -36,13 +40,19 @@ def _micro_batch_phases(
     sequences = sum(batch.values())
     work, block = worker.work(sequences), worker.activation_block(sequences)
     saved = saved_for_backward(worker.sizes, work) // worker.devices
-    activations = Part("activations", saved, f"{work.tokens:,} tokens, kept for backward", block)
-    working = Part("one layer at work", layer_working(worker.sizes, work), block=block)
+    what = "inputs of layers" if work.checkpointed else "kept for backward"
+    activations = Part("activations", saved, f"{work.tokens:,} tokens, {what}", block)
+    running = layer_working(worker.sizes, work)
+    working = Part("one layer at work", running, block=block)
+    forward, backward = working, working
+    if work.checkpointed:
+        forward = replace(working, size=running + worker.stream(sequences))
+        backward = replace(working, size=running + layer_recomputed(worker.sizes, work), note="computed again")
     kept, *losses = _losses(worker, batch)
     return [
-        phase("forward", *always, *earlier, activations, kept, working),
+        phase("forward", *always, *earlier, activations, kept, forward),
         phase("loss", *always, *earlier, activations, kept, *losses),
-        phase("backward", *always, *earlier, activations, kept, working),
+        phase("backward", *always, *earlier, activations, kept, backward),
         phase("end of backward", *always, *_gradients(worker), kept, working),
     ]
 
@@ -83,10 +93,12 @@ def _targets(worker: Worker) -> tuple[tuple[Part, Part], Part]:
     return host, Part("targets, decoded", largest, "of a micro-batch", largest)
 
 
-def _state(worker: Worker) -> tuple[Part, Part]:
-    """Master weights and both moments of AdamW, one device's share."""
-    moments = 2 * worker.overlay.trained * FLOAT32 // worker.devices
-    return worker.shared_experts(), Part("AdamW moments", moments, "two float32 a parameter")
+def _state(worker: Worker) -> tuple[Part, ...]:
+    """Master weights, both moments of AdamW and the anchor of merges, one device's share."""
+    note = "two float32 a parameter" if worker.config.train.optimiser.name == "adamw" else "two bytes a parameter"
+    moments = Part("AdamW moments", worker.overlay.moments // worker.devices, note)
+    anchor = checkpoint_bytes(worker.config, worker.overlay) - best_bytes(worker.overlay) - worker.overlay.moments
+    return worker.shared_experts(), moments, Part("anchor of merges", anchor // worker.devices)
 
 
 def _gradients(worker: Worker) -> tuple[Part, ...]:
@@ -102,7 +114,7 @@ def _buckets(worker: Worker) -> tuple[Part, ...]:
 
 
 def _optimiser_working(worker: Worker) -> Part:
-    """The update in the making: of the largest tensor on a CPU, of all at once on a GPU."""
-    if worker.device == "cpu":
-        return Part("AdamW update", 2 * worker.overlay.largest * FLOAT32, "of the largest tensor")
-    return Part("AdamW update", worker.overlay.trained * FLOAT32 // worker.devices, "of all tensors")
+    """The update in the making."""
+    overlay, name = worker.overlay, worker.config.train.optimiser.name
+    size = update_bytes(overlay.trained // worker.devices, overlay.largest, name, worker.device)
+    return Part("AdamW update", size, "of the largest tensor" if worker.device == "cpu" else "of all tensors")

@@ -125,7 +125,7 @@ def with_change(
         fewer = {name: value for name, value in changes.items() if name != field}
         if fits(fewer):
             changes = fewer
-    return replace(verdict, change=tuple(f"{name}={value}" for name, value in changes.items()))
+    return replace(verdict, change=tuple(f"{name}={_as_yaml(value)}" for name, value in changes.items()))
 
 
 def _candidates(config: Config, stage: str, needs: StageNeeds) -> Iterator[tuple[str, Any]]:
@@ -136,6 +136,8 @@ def _candidates(config: Config, stage: str, needs: StageNeeds) -> Iterator[tuple
         section, field = _BATCH_FIELDS[stage]
         for batch in _halves(getattr(getattr(config, section), field), 1):
             yield f"{section}.{field}", batch
+    if stage == "train" and not config.train.gradient_checkpointing:
+        yield "train.gradient_checkpointing", True
     if config.model.dtype == "float32" or (config.model.dtype == "auto" and needs.device == "cpu"):
         yield "model.dtype", "bfloat16"
     if stage == "serve":
@@ -148,6 +150,11 @@ def _candidates(config: Config, stage: str, needs: StageNeeds) -> Iterator[tuple
                 yield "resources.gpus_per_worker", gpus
     for length in _halves(config.data.sequence_length, _SHORTEST_SEQUENCE):
         yield "data.sequence_length", length
+
+
+def _as_yaml(value: object) -> str:
+    """As it is written on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _halves(value: int, least: int) -> Iterator[int]:

@@ -10,11 +10,12 @@ import torch
 from nexus_ray.checkpoints.overlay import overlay_specs
 from nexus_ray.config import Config
 from nexus_ray.conversion.plan import describe_overlay
+from nexus_ray.modeling.trained import is_trained
 from nexus_ray.planning.needs import Device, Part
+from nexus_ray.planning.optimiser import moment_bytes
 from nexus_ray.planning.sizes import ModelSizes
 
 _FLOAT32 = 4
-_SCALE = ".scale"
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class OverlaySize:
         trained: those with a gradient.
         largest: elements of the largest tensor.
         stored_bytes: in its file.
+        moments: bytes of what the optimiser remembers of those that are trained.
     """
 
     parameters: int
     trained: int
     largest: int
     stored_bytes: int
+    moments: int
 
 
 def base_weights(sizes: ModelSizes, *, packed: bool, dtype: torch.dtype, device: Device) -> BaseWeights:
@@ -69,11 +72,19 @@ def base_weights(sizes: ModelSizes, *, packed: bool, dtype: torch.dtype, device:
 
 
 def overlay_size(sizes: ModelSizes, config: Config) -> OverlaySize:
-    """Counts of the overlay that `convert` will write."""
-    specs = overlay_specs(describe_overlay(config, sizes.dimensions, model_type="", base=""))
+    """Counts of the overlay that training will write: what `convert` writes, and differences of trained routers."""
+    routers, learn_scale = config.train.routers.train, config.convert.learn_scale
+    converted = describe_overlay(config, sizes.dimensions, model_type="", base="")
+    specs = overlay_specs(converted.with_routers(routers, sizes.dimensions.experts))
     counts = {spec.name: prod(spec.shape) for spec in specs}
-    trained = sum(count for name, count in counts.items() if config.convert.learn_scale or not name.endswith(_SCALE))
-    return OverlaySize(sum(counts.values()), trained, max(counts.values()), sum(spec.nbytes for spec in specs))
+    trained = [count for name, count in counts.items() if is_trained(name, learn_scale=learn_scale, routers=routers)]
+    return OverlaySize(
+        parameters=sum(counts.values()),
+        trained=sum(trained),
+        largest=max(counts.values()),
+        stored_bytes=sum(spec.nbytes for spec in specs),
+        moments=sum(moment_bytes(count, config.train.optimiser.name) for count in trained),
+    )
 
 
 def overlay_width(sizes: ModelSizes, config: Config) -> int:
@@ -82,7 +93,7 @@ def overlay_width(sizes: ModelSizes, config: Config) -> int:
 
 
 def overlay_part(size: OverlaySize, devices: int = 1) -> Part:
-    """The shared experts in memory, or one device's share of them: float32 masters."""
+    """The shared experts and router differences in memory, or one device's share of them: float32 masters."""
     return Part("shared experts", size.parameters * _FLOAT32 // devices, f"{size.parameters:,} parameters, float32")
 
 

@@ -75,6 +75,8 @@ class Worker:
             width=overlay_width(self.sizes, self.config),
             token_gate=convert.token_gate,
             learn_scale=convert.learn_scale,
+            routers=self.config.train.routers.train,
+            checkpointed=self.config.train.gradient_checkpointing,
         )
 
     def fixed(self) -> tuple[Part, Part]:
@@ -124,9 +126,13 @@ class Worker:
         """Host memory of an overlay on its way to a GPU: as stored, and in float32."""
         return self.overlay.stored_bytes + self.overlay.parameters * FLOAT32
 
+    def stream(self, sequences: int, length: int | None = None) -> int:
+        """What a layer that keeps nothing has beside its largest step: the residual stream and copies of it."""
+        return 4 * self.work(sequences, length).tokens * self.sizes.dimensions.hidden_size * FLOAT32
+
     def forward(self, sequences: int, length: int | None = None) -> Part:
         """Activations of a pass without gradients: the residual stream, one layer at work, all router logits."""
         work, dimensions = self.work(sequences, length), self.sizes.dimensions
-        stream = 4 * work.tokens * dimensions.hidden_size * FLOAT32
-        size = stream + layer_working(self.sizes, work) + work.tokens * dimensions.layers * dimensions.experts * FLOAT32
+        size = self.stream(sequences, length) + layer_working(self.sizes, work)
+        size += work.tokens * dimensions.layers * dimensions.experts * FLOAT32
         return Part("activations", size, f"{work.tokens:,} tokens", self.activation_block(sequences, length))

@@ -59,7 +59,6 @@ def pretrain(run: PretrainRun) -> Path:
         {"run": run.model_dump(mode="json")},
         layout.training,
         run.resources,
-        keep_checkpoints=run.pretrain.keep_checkpoints,
         metrics=layout.metrics,
         steps=run.pretrain.steps,
     )
@@ -107,7 +106,8 @@ def heldout_perplexity(
         nats = targets = size = 0.0
         for shard in list_shards(run.data, "heldout", (name,)):
             found = UnreadableRows(run.data.strict)
-            packed = pack_shard(shard, tokenizer, run.data.sequence_length, found.handler)
+            predict = run.data.sources[name].predict
+            packed = pack_shard(shard, tokenizer, run.data.sequence_length, found.handler, predict)
             for batch in batches(packed, _BATCH_SEQUENCES):
                 nats += float(sequence_nats(_logits(model, batch), batch).sum())
                 targets += float(batch.is_target.sum())

@@ -19,8 +19,9 @@ from nexus_ray.memory import bound_shape_caches
 from nexus_ray.pretraining.model import build_config, new_model
 from nexus_ray.targets.reading.reader import TargetSet
 from nexus_ray.training import trainer
-from nexus_ray.training.loop import LoopSettings, adamw, run_steps, sum_over_workers
-from nexus_ray.training.order import Sequences, SourceOrder, micro_batches, share
+from nexus_ray.training.feeding.order import Sequences, SourceOrder, micro_batches, share
+from nexus_ray.training.loop import LoopSettings, run_steps
+from nexus_ray.training.optimiser import build_optimiser
 
 
 class PretrainModule(nn.Module):
@@ -56,7 +57,7 @@ class PretrainTask:
         self.module = PretrainModule(self.model).train()
         self.parallel = trainer.data_parallel(self.module)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
-        self.optimiser: torch.optim.Optimizer = adamw(self.parameters, section.optimiser)
+        self.optimiser = build_optimiser(self.parameters, section.optimiser)
         self.targets = TargetSet.open(
             RunLayout(run.run.directory).targets, tokenizer_sha256=tokenizer_digest(self.tokenizer)
         )
@@ -79,25 +80,40 @@ class PretrainTask:
                 loss = cross_entropy * world_size / count + self.section.load_balancing * balance / len(parts)
                 loss.backward()
             total += torch.stack([cross_entropy.detach() / count, balance.detach() / len(parts) / world_size])
-        loss_value, balance_value = sum_over_workers(total).tolist()
+        loss_value, balance_value = trainer.sum_over_workers(total).tolist()
         return {"loss": loss_value, "load_balancing": balance_value, "tokens": count}
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
-        """Mean next-token loss (nats) on the validation sequences, and continuations of the prompts."""
+        """Mean next-token loss (nats) on the validation sequences."""
         rank, world_size = trainer.world()
         held_out = self.order.held_out()
         total = torch.zeros((), device=self.device)
         for part in micro_batches(share(held_out, rank, world_size), self.section.micro_batch_sequences):
             total += self.module(*self._batch(part))[0]
-        loss = float(sum_over_workers(total)) / int(self.targets.num_targets(held_out).sum())
-        prompts = self.section.prompts if rank == 0 else ()
-        return {"loss": loss, "samples": [self._continue(prompt) for prompt in prompts]}
+        loss = float(trainer.sum_over_workers(total)) / int(self.targets.num_targets(held_out).sum())
+        return {"loss": loss}
+
+    def samples(self) -> list[dict[str, str]]:
+        """Continuations of the configured prompts."""
+        return [{"prompt": prompt, "text": self._continue(prompt)} for prompt in self.section.prompts]
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        """Nothing: pretraining has no anchor to be drawn to."""
+        return {}
+
+    @torch.no_grad()
+    def not_finite(self, step: int) -> list[str]:
+        """Sequences of a step whose loss is not finite, on any worker, by their numbers in the packed text."""
+        mine = share(self.order.of_step(step), *trainer.world())
+        losses = [(int(sequence), self.module(*self._batch(sequence[None]))[0]) for sequence in mine]
+        return trainer.gathered([str(sequence) for sequence, loss in losses if not bool(torch.isfinite(loss))])
 
     def _batch(self, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
         batch = self.targets.read(sequences, teacher=False).to(self.device)
         return batch.input_ids, batch.valid, batch.loss_mask
 
+    @torch.no_grad()
     def _continue(self, prompt: str, tokens: int = 48) -> str:
         """Sample a continuation of `prompt`."""
         ids = [separator_id(self.tokenizer), *self.tokenizer.encode(prompt, add_special_tokens=False)]
@@ -125,7 +141,7 @@ def pretrain_worker(arguments: dict[str, Any]) -> None:
         optimiser=section.optimiser,
         validate_every=section.validate_every,
         checkpoint_every=section.checkpoint_every,
-        best=layout.best,
-        metrics=layout.metrics,
+        keep_checkpoints=section.keep_checkpoints,
+        layout=layout,
     )
     run_steps(PretrainTask(run), settings)

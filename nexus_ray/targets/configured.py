@@ -23,9 +23,10 @@ def output_encoding(config: Config, *, vocabulary: int, hidden_size: int) -> Out
     Raises:
         ConfigError: more tokens are to be kept than the vocabulary has.
     """
-    section, temperature = config.targets, config.train.output_temperature
+    section, temperature = config.targets, config.train.output_temperature.constant
     if section.mode == "hidden":
         return HiddenEncoding(hidden_size=hidden_size, dtype=section.hidden_dtype)
+    assert temperature is not None  # the configuration refuses one that changes
     if section.mode == "sampled":
         return SampledEncoding(draws=section.draws, vocabulary=vocabulary, temperature=temperature)
     if section.top_k > vocabulary:
@@ -56,5 +57,5 @@ def router_encoding(config: Config, dimensions: MoeDimensions) -> RouterEncoding
         every=section.router_every,
         experts=dimensions.experts,
         experts_per_token=dimensions.experts_per_token,
-        temperature=config.train.router_temperature if section.router == "selected" else None,
+        temperature=config.train.router_temperature.constant if section.router == "selected" else None,
     )

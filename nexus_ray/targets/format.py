@@ -46,7 +46,7 @@ class Header(_Record):
     Attributes:
         format_version: of this module.
         base_fingerprint: identity of the teacher; None where only text was packed.
-        compute: device, type and experts implementation of the teacher; None without one.
+        compute: what `Config.compute` says of the teacher: device, type and so on; None without one.
         tokenizer_sha256: identity of the tokenizer with its chat template.
         vocabulary: outcomes of a next-token distribution.
         sequence_length: tokens of a full sequence.

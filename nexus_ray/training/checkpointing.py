@@ -1,12 +1,15 @@
 """Training checkpoints: tensors in safetensors, the rest in JSON; nothing is pickled.
 
-A checkpoint holds the trained parameters, the optimiser's moments, the step and the random state. The data
-position and every schedule are functions of the step.
+A recovery checkpoint holds the trained parameters, the optimiser's moments, what else the loop has to remember, the
+step and the random state; the data position and every schedule are functions of the step. The best weights are kept
+alone, in the same form. A checkpoint names the SHA-256 of its tensors, so a damaged one is known before it is used.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,67 +18,122 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nexus_ray.errors import ArtefactError
-from nexus_ray.storage import atomic_directory
+from nexus_ray.storage import atomic_directory, sha256_file
+from nexus_ray.training.optimiser import optimiser_tensors, restore_optimiser
 
 _TENSORS = "state.safetensors"
 _STATE = "state.json"
+_PARAMETER, _EXTRA, _RANDOM = "parameter.", "extra.", "rng.cpu"
 
 
-def save_checkpoint(
-    directory: Path,
-    parameters: dict[str, nn.Parameter],
-    optimiser: torch.optim.Optimizer,
-    state: dict[str, Any],
-) -> None:
-    """Write a checkpoint directory atomically.
+@dataclass(frozen=True)
+class Snapshot:
+    """A moment of a training in the memory of the host: copies that the next step leaves alone.
+
+    Attributes:
+        tensors: parameters, moments, other tensors and the random state, by name.
+        state: JSON-serialisable rest; holds `step`, the number of finished optimiser steps.
+    """
+
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+
+def take_snapshot(
+    parameters: Mapping[str, nn.Parameter],
+    state: Mapping[str, Any],
+    optimiser: torch.optim.Optimizer | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+) -> Snapshot:
+    """Copy what a checkpoint holds.
 
     Args:
-        directory: where; replaced when it exists.
         parameters: trained parameters by name.
-        optimiser: an AdamW over exactly these parameters.
-        state: JSON-serialisable rest; must hold `step`, the number of finished optimiser steps.
+        state: JSON-serialisable rest; must hold `step`.
+        optimiser: of exactly these parameters; without it the snapshot can be used, but not be continued from.
+        extra: other tensors to keep, by name.
     """
-    tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
-    for name, parameter in parameters.items():
-        tensors[f"parameter.{name}"] = parameter.detach().cpu().contiguous()
-        for key, value in optimiser.state.get(parameter, {}).items():
-            tensors[f"optimiser.{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    with atomic_directory(directory) as temporary:
-        save_file(tensors, temporary / _TENSORS)
-        (temporary / _STATE).write_text(json.dumps(state))
+    tensors: dict[str, Tensor] = {_RANDOM: torch.get_rng_state()}
+    tensors |= {f"{_PARAMETER}{name}": parameter.detach() for name, parameter in parameters.items()}
+    tensors |= {f"{_EXTRA}{name}": tensor for name, tensor in (extra or {}).items()}
+    if optimiser is not None:
+        tensors |= optimiser_tensors(optimiser, parameters)
+    return Snapshot({name: _copy(tensor) for name, tensor in tensors.items()}, dict(state))
 
 
-def load_checkpoint(
-    directory: Path, parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer | None = None
-) -> dict[str, Any]:
-    """Restore parameters, optimiser (when given) and random state in place; return the saved `state`.
+def _copy(tensor: Tensor) -> Tensor:
+    """On the host, whole, and its own."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def write_snapshot(directory: Path, snapshot: Snapshot) -> None:
+    """Write a checkpoint directory atomically; what stands there is replaced.
 
     Raises:
-        ArtefactError: the checkpoint is damaged or belongs to other parameters.
+        StorageError: the file system refused; what stood there stays.
+    """
+    with atomic_directory(directory) as temporary:
+        save_file(dict(snapshot.tensors), temporary / _TENSORS)
+        state = {**snapshot.state, "sha256": sha256_file(temporary / _TENSORS)}
+        (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """The `state` of a checkpoint whose tensors are as they were written.
+
+    Raises:
+        ArtefactError: the checkpoint is missing or damaged.
     """
     try:
-        tensors = load_file(directory / _TENSORS)
         state: dict[str, Any] = json.loads((directory / _STATE).read_text())
-    except Exception as error:  # safetensors raises its own types
-        raise ArtefactError(f"checkpoint {directory} cannot be read: {error}", "delete it to start over") from error
-    for name, parameter in parameters.items():
-        found = tensors.get(f"parameter.{name}")
-        if found is None or found.shape != parameter.shape:
-            kind = "no" if found is None else f"another shape {list(found.shape)} of"
-            raise ArtefactError(f"checkpoint {directory} has {kind} {name}", "it belongs to another configuration")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter.{name}"])
-            if optimiser is not None:
-                _restore_moments(optimiser, parameter, name, tensors)
-    torch.set_rng_state(tensors["rng.cpu"])
+        whole = state.pop("sha256") == sha256_file(directory / _TENSORS)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise _unreadable(directory, error) from error
+    if not whole:
+        raise _unreadable(directory, "its tensors are not the ones that were written")
     return state
 
 
-def _restore_moments(
-    optimiser: torch.optim.Optimizer, parameter: nn.Parameter, name: str, tensors: dict[str, Tensor]
-) -> None:
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        value = tensors.get(f"optimiser.{key}.{name}")
-        if value is not None:
-            optimiser.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+def load_checkpoint(
+    directory: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimiser: torch.optim.Optimizer | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Restore parameters, optimiser and other tensors (when given) and the random state in place.
+
+    Returns:
+        the saved `state`.
+
+    Raises:
+        ArtefactError: the checkpoint is damaged or belongs to other parameters; nothing is changed then.
+    """
+    state = read_state(directory)
+    try:
+        tensors = load_file(directory / _TENSORS)
+    except Exception as error:  # safetensors raises its own types
+        raise _unreadable(directory, error) from error
+    wanted: dict[str, Tensor] = {f"{_PARAMETER}{name}": parameter for name, parameter in parameters.items()}
+    wanted |= {f"{_EXTRA}{name}": tensor for name, tensor in (extra or {}).items()}
+    _check(directory, wanted, tensors)
+    if optimiser is not None:
+        restore_optimiser(optimiser, parameters, tensors)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(tensors[name])
+    torch.set_rng_state(tensors[_RANDOM])
+    return state
+
+
+def _check(directory: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint that lacks a tensor or has it in another shape."""
+    for name, tensor in wanted.items():
+        if name not in found or found[name].shape != tensor.shape:
+            kind = f"another shape {list(found[name].shape)} of" if name in found else "no"
+            raise ArtefactError(
+                f"checkpoint {directory} has {kind} {name.split('.', 1)[1]}", "it belongs to another configuration"
+            )
+
+
+def _unreadable(directory: Path, reason: object) -> ArtefactError:
+    return ArtefactError(f"checkpoint {directory} cannot be read: {reason}", "delete it to start over")

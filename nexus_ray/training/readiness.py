@@ -10,10 +10,9 @@ from nexus_ray.config import Config
 from nexus_ray.errors import ArtefactError, ConfigError, DataError
 from nexus_ray.targets.encoding.encodings import HiddenEncoding
 from nexus_ray.targets.format import REMAKE, Manifest
-from nexus_ray.training.objective import weight_of
 
 logger = logging.getLogger(__name__)
-_HOLDS = {"output_kl": "output", "router_kl": "router"}
+_HOLDS = {"output_kl": "output", "hidden_mse": "output", "router_kl": "router"}
 
 
 def check_targets(manifest: Manifest, config: Config, description: OverlayConfig) -> None:
@@ -30,7 +29,7 @@ def check_targets(manifest: Manifest, config: Config, description: OverlayConfig
     if config.train.mode == "offline":
         for term in _HOLDS:
             _check_held(manifest, config, term)
-    per_step = sum(section.sequences_per_step for section in config.train.sources.values())
+    per_step = sum(config.sequences_per_step().values())
     if per_step < config.resources.workers:
         raise ConfigError(
             f"train.sources: a step has {per_step} sequences, fewer than resources.workers={config.resources.workers}"
@@ -39,8 +38,8 @@ def check_targets(manifest: Manifest, config: Config, description: OverlayConfig
 
 def _check_sequences(manifest: Manifest, config: Config) -> None:
     held = _sequences(manifest)
-    for name, section in config.train.sources.items():
-        needed = config.train.validation_sequences + section.sequences_per_step
+    for name, per_step in config.sequences_per_step().items():
+        needed = config.train.validation_sequences + per_step
         if held[name] < needed:
             raise DataError(
                 f"source {name} has {held[name]} sequences; validation and one step need {needed}",
@@ -51,14 +50,18 @@ def _check_sequences(manifest: Manifest, config: Config) -> None:
 def _check_held(manifest: Manifest, config: Config, term: str) -> None:
     """The sources that a term has a weight for must have its targets, made at its temperature."""
     kind = _HOLDS[term]
-    names = [name for name, section in config.train.sources.items() if weight_of(section, term)]
+    names = [name for name, section in config.train.sources.items() if getattr(section, term)]
     for file in manifest.files:
         if file.source in names and not getattr(file, kind):
             raise ArtefactError(f"the targets hold no {kind} targets of source {file.source}, which has {term}", REMAKE)
+    if not names:
+        return
+    if term == "hidden_mse" and not isinstance(manifest.output, HiddenEncoding):
+        raise ArtefactError(f"the targets hold no hidden states, which {names[0]} needs for its {term}", REMAKE)
     made, wanted = _temperature(manifest, kind), getattr(config.train, f"{kind}_temperature")
-    if names and made is not None and made != wanted:
+    if made is not None and made != wanted.constant:
         raise ArtefactError(
-            f"the {kind} targets were made at temperature {made:g}, but train.{kind}_temperature is {wanted:g}", REMAKE
+            f"the {kind} targets were made at temperature {made:g}, but train.{kind}_temperature is {wanted}", REMAKE
         )
 
 
@@ -71,9 +74,9 @@ def _temperature(manifest: Manifest, kind: str) -> float | None:
 def report_epochs(manifest: Manifest, config: Config) -> None:
     """Log which sources training reads more than once."""
     held, train = _sequences(manifest), config.train
-    for name, section in train.sources.items():
+    for name, per_step in config.sequences_per_step().items():
         sequences = held[name] - train.validation_sequences
-        epochs = train.steps * section.sequences_per_step / sequences
+        epochs = train.steps * per_step / sequences
         if epochs > 1:
             logger.info(
                 "source %s: %d sequences are read %.2f times in %d steps; add text to read more of it",

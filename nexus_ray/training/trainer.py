@@ -1,28 +1,26 @@
-"""Running a training loop on Ray Train: workers, recovery checkpoints, failures.
+"""Running a training loop on Ray Train: workers, failures, what a worker asks about its place among them.
 
-Ray Train stores the checkpoints that a loop reports, keeps the newest few, hands the last one to restarted
-workers, and finds it again when the same run directory is trained after the driver died.
+Ray Train starts the workers, and starts all of them again when one of them dies or its node is taken away; the loop
+then continues from its own recovery checkpoint (`recovery.py`), as it does when the driver died.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nexus_ray.cluster import actor_options, ensure_ray
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
 from nexus_ray.storage import make_directory, read_json, write_json
-from nexus_ray.training.checkpointing import load_checkpoint, save_checkpoint
-from nexus_ray.training.follow import following
+from nexus_ray.training.watching.follow import following
 
 logger = logging.getLogger(__name__)
 
@@ -32,18 +30,16 @@ def run_distributed(
     arguments: dict[str, Any],
     directory: Path,
     resources: ResourcesSection,
-    keep_checkpoints: int,
     metrics: Path,
     steps: int,
 ) -> None:
     """Run `loop(arguments)` on `resources.workers` Ray Train workers.
 
     Args:
-        loop: training function; it calls `restore` and `checkpoint` of this module.
+        loop: training function of a worker.
         arguments: its single argument.
-        directory: where Ray Train keeps its state; the same directory resumes.
-        resources: what each worker gets.
-        keep_checkpoints: recovery checkpoints kept.
+        directory: where Ray Train keeps its state.
+        resources: what each worker gets; with `min_workers` training goes on with as few, and grows again.
         metrics: the file that the loop writes its metrics to; progress is read from it.
         steps: optimiser steps of the whole training.
 
@@ -52,7 +48,7 @@ def run_distributed(
     """
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the configuration must keep working
     ensure_ray()
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     error_file = make_directory(directory) / "error.json"
@@ -60,7 +56,7 @@ def run_distributed(
         _guarded(loop, error_file),
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=_workers(resources),  # type: ignore[arg-type]  # Ray's annotation is of its first version
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=_requests(resources),
         ),
@@ -68,7 +64,6 @@ def run_distributed(
             name=directory.name,
             storage_path=str(directory.parent.resolve()),
             failure_config=FailureConfig(max_failures=resources.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=keep_checkpoints),
         ),
     )
     error_file.unlink(missing_ok=True)
@@ -98,6 +93,12 @@ def _guarded(loop: Callable[[dict[str, Any]], None], error_file: Path) -> Callab
             raise
 
     return run
+
+
+def _workers(resources: ResourcesSection) -> int | tuple[int, int]:
+    """How many workers, or the fewest and the most."""
+    fewest = resources.min_workers
+    return resources.workers if fewest in (None, resources.workers) else (fewest, resources.workers)
 
 
 def _requests(resources: ResourcesSection) -> dict[str, float]:
@@ -140,30 +141,38 @@ def synchronise_if(module: nn.Module, last: bool) -> AbstractContextManager[None
     return cast(AbstractContextManager[None], module.no_sync())
 
 
-def restore(parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load the last recovery checkpoint, if any; return its state, or `{"step": 0}`."""
-    from ray.train import get_checkpoint
-
-    found = get_checkpoint()
-    if found is None:
-        return {"step": 0}
-    with found.as_directory() as directory:
-        return load_checkpoint(Path(directory) / "checkpoint", parameters, optimiser)
+def sum_over_workers(values: Tensor) -> Tensor:
+    """Add `values` over all workers, in place."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values
 
 
-def checkpoint(
-    parameters: dict[str, nn.Parameter],
-    optimiser: torch.optim.Optimizer,
-    state: dict[str, Any],
-    metrics: dict[str, float],
-) -> None:
-    """Report a recovery checkpoint; rank 0 writes it. Every worker must call this at the same step."""
-    from ray.train import Checkpoint, report
+def gathered(values: list[str]) -> list[str]:
+    """The values of all workers, in the order of their ranks; all of them must call it."""
+    if not torch.distributed.is_initialized():
+        return values
+    lists: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(lists, values)
+    return [value for of_worker in lists for value in of_worker]
 
-    rank, _ = world()
-    if rank != 0:
-        report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        save_checkpoint(Path(directory) / "checkpoint", parameters, optimiser, state)
-        report(metrics, checkpoint=Checkpoint.from_directory(directory))
+
+def from_first_worker(value: str | None) -> str | None:
+    """What rank 0 says, on every worker; all of them must call it."""
+    from ray.train.collective import broadcast_from_rank_zero
+
+    return cast("str | None", broadcast_from_rank_zero(value))
+
+
+def node_is_leaving() -> bool:
+    """Whether a node of this training is about to be taken away (a preemption notice); all workers must call it."""
+    from ray.train import get_preemption_info
+
+    return get_preemption_info() is not None
+
+
+def tell_ray(metrics: dict[str, float]) -> None:
+    """Show metrics in Ray's dashboard; all workers must call it."""
+    from ray.train import report
+
+    report(metrics)

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nexus_ray.data.encoding import encode_document, encode_messages
 from nexus_ray.data.packing import (
     PackedSequence,
     batches,
-    encode_document,
-    encode_messages,
     pack,
     pack_shard,
     separator_id,

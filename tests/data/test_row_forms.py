@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from nexus_ray.config import DataSection
 from nexus_ray.data.documents import read_documents
-from nexus_ray.data.packing import encode_document, pack_shard
+from nexus_ray.data.encoding import encode_document
+from nexus_ray.data.packing import pack_shard
 from nexus_ray.data.row_forms import Document, document_of
 from nexus_ray.data.sources import list_shards
 from nexus_ray.errors import DataError

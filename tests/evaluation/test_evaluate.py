@@ -276,6 +276,15 @@ def row_of(shard: int, nats: list[float], num_bytes: int = 9) -> dict[str, Any]:
     }
 
 
+def test_sequences_in_which_nothing_is_predicted_say_nothing(micro_config: Callable[..., Config], tmp_path: Path):
+    config = micro_config(tmp_path)
+    shards = [Shard(0, "play", "x.jsonl", 0, 1)]
+    with_silence = row_of(0, [30.0, 0.0, 20.0, 0.0]) | {"targets": [10, 0, 10, 0], "num_bytes": [9, 0, 9, 0]}
+    [found, expected] = (_merge(shards, [row], config)["play"] for row in (with_silence, row_of(0, [30.0, 20.0])))
+    for name in ("sequences", "tokens", "bytes", "base", "student", "ratio"):
+        assert found[name] == expected[name]
+
+
 @pytest.mark.parametrize(
     ("rows", "error", "message"),
     [

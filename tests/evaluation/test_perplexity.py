@@ -57,6 +57,27 @@ def test_a_sequence_costs_what_transformers_own_loss_says(loaded: LoadedModel):
         assert found == pytest.approx(mean * (len(row) - 1), rel=1e-5)
 
 
+def test_a_sequence_costs_what_its_targets_cost(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(perplexity, "_CHUNK_BYTES", 3 * 4 * loaded.config["vocab_size"])
+    rows = [[5, 17, 300, 41, 2, 900, 12, 7], [8, 8, 1000, 77], [3, 1, 4, 1, 5]]
+    batch = batch_of(rows)
+    predicted = np.random.default_rng(0).random(batch.input_ids.shape) < 0.5
+    predicted[2] = False
+    batch = Batch(batch.input_ids, batch.num_tokens, predicted)
+    logits, _ = loaded.forward_batch(batch)
+    nats = sequence_nats(logits, batch)
+    for row, chosen, found in zip(rows, predicted, nats, strict=True):
+        ids = torch.tensor([row])
+        labels = ids.masked_fill(~torch.from_numpy(chosen[: len(row)]), -100)
+        count = int(chosen[1 : len(row)].sum())
+        with torch.no_grad():
+            expected = loaded.model(input_ids=ids, labels=labels).loss.item() * count if count else 0
+        assert found == pytest.approx(expected, rel=1e-5)
+    sizes = np.arange(loaded.config["vocab_size"])
+    for row, chosen, found in zip(rows, predicted.tolist(), target_bytes(batch, sizes), strict=True):
+        assert found == sum(token for token, counts in zip(row[1:], chosen[1:], strict=False) if counts)
+
+
 def test_padding_costs_nothing_whatever_stands_in_it(loaded: LoadedModel):
     alone = batch_of([[8, 8, 1000, 77]])
     nats_alone = sequence_nats(loaded.forward_batch(alone)[0], alone)

@@ -8,7 +8,7 @@ import torch
 
 from nexus_ray.checkpoints.overlay import load_overlay, save_overlay
 from nexus_ray.config import ModelSection
-from nexus_ray.data.packing import encode_messages
+from nexus_ray.data.encoding import encode_messages
 from nexus_ray.errors import ArtefactError, DataError
 from nexus_ray.generation.engine import load_served_model
 from nexus_ray.generation.request import BusyError, ClosedError, ContextLengthError, SamplingParams

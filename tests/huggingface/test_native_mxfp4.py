@@ -23,7 +23,7 @@ from nexus_ray.modeling.shared_expert import SharedExperts, SharedExpertShape
 _EAGER = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
 
 
-def _go_native(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def go_native(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `from_pretrained` does to a model on a GPU with kernels."""
     routing = SimpleNamespace(routing=lambda logits, top_k: ((logits, top_k), None, None))
     monkeypatch.setattr(hub_kernels, "get_kernel", lambda *_, **__: SimpleNamespace(routing=routing))
@@ -63,7 +63,7 @@ def test_shared_experts_survive_the_replacement(model, input_ids, used_before, m
     expected = _logits(twin, input_ids)
     if used_before:
         _logits(model, input_ids)
-    _go_native(model, monkeypatch)
+    go_native(model, monkeypatch)
     assert torch.equal(_logits(model, input_ids), expected)
     assert torch.equal(_logits(model, input_ids), expected), "added once, not once a forward pass"
     with model.shared_experts_off(), twin.shared_experts_off():
@@ -73,7 +73,7 @@ def test_shared_experts_survive_the_replacement(model, input_ids, used_before, m
 
 
 def test_every_shared_tensor_matters_after_the_replacement(model, exported: Path, monkeypatch) -> None:
-    _go_native(model, monkeypatch)
+    go_native(model, monkeypatch)
     with CheckpointReader(exported) as reader:
         report = check_model(model, model.shared_tensors(), reader.read)
     assert report.problems == []
@@ -88,5 +88,5 @@ def test_hooks_on_the_block_alone_are_lost(micro_model: Path, input_ids: torch.T
     experts = SharedExperts(2, SharedExpertShape(64, 64, True), lambda gate, up: gate * up)
     experts.attach([layer.mlp for layer in stock.model.layers])
     assert not torch.equal(_logits(stock, input_ids), base)
-    _go_native(stock, monkeypatch)
+    go_native(stock, monkeypatch)
     assert torch.equal(_logits(stock, input_ids), base)

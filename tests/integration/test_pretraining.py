@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from nexus_ray.config import ArchitectureSection, DataSection, PretrainRun, PretrainSection, RunSection, SourceSection
 from nexus_ray.pretraining.run import pretrain
-from nexus_ray.training.metrics import read_metrics
+from nexus_ray.training.watching.metrics import read_metrics
 
 pytestmark = pytest.mark.ray
 

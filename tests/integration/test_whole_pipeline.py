@@ -14,7 +14,7 @@ from nexus_ray.errors import ArtefactError, NexusError
 from nexus_ray.layout import RunLayout
 from nexus_ray.pipeline import Run, locked, run_pipeline, run_single_stage
 from nexus_ray.storage import sha256_file
-from nexus_ray.training.metrics import read_metrics
+from nexus_ray.training.watching.metrics import read_metrics
 
 pytestmark = pytest.mark.ray
 MakeConfig = Callable[..., Config]

@@ -18,6 +18,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from nexus_ray.checkpoints.mxfp4 import dequantise
 from nexus_ray.families import MoeDimensions
 from nexus_ray.families.gpt_oss import GptOss
+from nexus_ray.modeling import recomputation
 from nexus_ray.modeling.packed_experts import ExpertNorms, PackedExperts
 
 HIDDEN, INNER, EXPERTS, TOP_K = 64, 96, 6, 2
@@ -135,7 +136,32 @@ def test_saves_its_inputs_for_backward_and_nothing_else() -> None:
     hidden_states, indices, weights = routed(32)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         ours()(hidden_states.requires_grad_(), indices, weights.requires_grad_())
-    assert sum(tensor.nbytes for tensor in saved) == hidden_states.nbytes + weights.nbytes
+    placeholder = hidden_states.itemsize  # one number in the place of projections that are not kept
+    sizes = [tensor.untyped_storage().nbytes() for tensor in saved]
+    assert sum(sizes) == hidden_states.nbytes + weights.nbytes + placeholder
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_projects_twice_and_not_three_times_under_gradient_checkpointing(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, kind: torch.dtype
+) -> None:
+    experts, (hidden_states, indices, weights) = ours(), routed(tokens)
+    inputs = hidden_states.to(kind), indices, weights.to(kind)
+    products: list[int] = []
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *arguments: products.append(1) or addmm(*arguments))
+
+    class Checkpointed(nn.Module):
+        def forward(self, *arguments: Tensor) -> Tensor:
+            return recomputation._run(experts, *arguments)
+
+    reference = run(experts, *inputs)
+    plain = len(products)  # gate and up, down, gate and up again
+    products.clear()
+    for mine, other in zip(run(Checkpointed(), *inputs), reference, strict=True):
+        assert torch.equal(mine, other)
+    assert len(products) * 3 == plain * 4  # gate and up, down, and both once more
 
 
 def test_under_gradient_checkpointing() -> None:

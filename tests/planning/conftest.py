@@ -46,17 +46,33 @@ def saved_bytes() -> Callable[..., int]:
     return measure
 
 
-@pytest.fixture
-def most_allocated(tmp_path: Path) -> Callable[[Callable[[], object]], int]:
-    """A function (compute) -> bytes of tensors that it holds at its worst moment beside those that were there."""
+Compute = Callable[[], object]
 
-    def measure(compute: Callable[[], object]) -> int:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            compute()
-        profiler.export_chrome_trace(str(tmp_path / "trace.json"))
-        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-        memory = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
-        before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]
-        return max(event["args"]["Total Allocated"] for event in memory) - before
+
+@pytest.fixture
+def most_allocated(tmp_path: Path) -> Callable[[Compute], int]:
+    """A function (compute) -> bytes of tensors that it holds at its worst moment beside those that were there."""
+    return lambda compute: max(_allocated(compute, tmp_path))
+
+
+@pytest.fixture
+def left_allocated(tmp_path: Path) -> Callable[[Compute], int]:
+    """A function (compute) -> bytes of tensors that its result keeps alive beside those that were there."""
+
+    def measure(compute: Compute) -> int:
+        compute()  # what it keeps for every later call is there then
+        return _allocated(compute, tmp_path)[-1]
 
     return measure
+
+
+def _allocated(compute: Compute, directory: Path) -> list[int]:
+    """Bytes of tensors after each allocation and release, beside those that were there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = compute()
+    profiler.export_chrome_trace(str(directory / "trace.json"))
+    del kept
+    events = json.loads((directory / "trace.json").read_text())["traceEvents"]
+    memory = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]
+    return [event["args"]["Total Allocated"] - before for event in memory]

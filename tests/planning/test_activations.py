@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,38 @@ def test_saved_activations(
     work = Workload(sequences, length, dtype.itemsize, experts, width=64, token_gate=True, learn_scale=False)
     planned = saved_for_backward(read_sizes(micro_model), work)
     assert planned == pytest.approx(saved_bytes(forward, student.model), rel=0.07)
+
+
+@pytest.mark.parametrize("experts", ["packed", "grouped_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("sequences", "length"), [(2, 64), (1, 200)])
+def test_kept_by_checkpointed_layers(
+    micro_model: Path,
+    micro_overlay: Path,
+    left_allocated: Callable[..., int],
+    experts: str,
+    dtype: torch.dtype,
+    sequences: int,
+    length: int,
+) -> None:
+    """Counted by PyTorch's allocator: masks and the order of tokens are kept without being saved tensors."""
+    kind = str(dtype).removeprefix("torch.")
+    section = ModelSection.model_validate({"path": micro_model, "experts": experts, "dtype": kind, "device": "cpu"})
+    student = load_student(section, micro_overlay)
+    assert student.shared_experts is not None
+    student.shared_experts.requires_grad_(True)
+    student.checkpoint_layers()
+    ids = torch.randint(0, 4000, (sequences, length))
+
+    def forward() -> tuple[Tensor, Tensor]:
+        return student.hidden_states(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    sizes = read_sizes(micro_model)
+    work = Workload(sequences, length, dtype.itemsize, experts, 64, True, True, checkpointed=True)
+    outputs = work.tokens * sizes.dimensions.hidden_size * dtype.itemsize
+    found = left_allocated(forward)
+    assert saved_for_backward(sizes, work) + outputs == pytest.approx(found, rel=0.07)
+    assert found < saved_for_backward(sizes, replace(work, checkpointed=False)) / 2
 
 
 def test_attention_scores_grow_with_the_square_of_the_length(micro_model: Path) -> None:

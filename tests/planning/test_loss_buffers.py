@@ -17,7 +17,7 @@ from nexus_ray.planning.sizes import ModelSizes, read_sizes
 from nexus_ray.planning.target_sizes import source_targets
 from nexus_ray.targets.reading.reader import TargetBatch
 from nexus_ray.targets.teacher import HiddenTargets, OutputTargets, RouterTargets, SampledTargets, TopKTargets
-from nexus_ray.training.objective import MicroBatch, Output, loss_of, shares, term_counts
+from nexus_ray.training.losses.objective import MicroBatch, Output, loss_of, objective_at, shares, term_counts
 
 _SEQUENCES, _LENGTH, _VOCABULARY, _HIDDEN = 2, 64, 20_000, 96
 _POSITIONS = _SEQUENCES * (_LENGTH - 1)
@@ -64,10 +64,13 @@ def _loss(config: Config, sizes: ModelSizes, dtype: torch.dtype, teacher: dict[s
         torch.randn(_SEQUENCES, _LENGTH, _HIDDEN).to(dtype).requires_grad_(True),
         routers,
         torch.randn(_VOCABULARY, _HIDDEN).to(dtype),
+        dimensions.experts_per_token,
     )
-    section = config.train.sources["prose"]
-    weights = shares(section, term_counts({"prose": section}, {"prose": _POSITIONS}, {"prose": 128}))
-    return lambda: loss_of(part, output, config.train, weights)[0]
+    objective = objective_at(config.train, 1.0)
+    of_prose = {"prose": objective.weights["prose"]}
+    counts = term_counts(of_prose, {"prose": _POSITIONS}, {"prose": 128}, {"prose": _SEQUENCES * _LENGTH})
+    weights = shares(of_prose["prose"], counts)
+    return lambda: loss_of(part, output, objective, weights)[0]
 
 
 def _planned(config: Config, sizes: ModelSizes, dtype: torch.dtype) -> LossBuffers:
@@ -131,6 +134,70 @@ def test_router_losses_take_what_is_planned(
     saved = planned.kept - _SEQUENCES * _LENGTH * _HIDDEN * 4 - of_teacher
     assert saved == pytest.approx(saved_bytes(loss), rel=0.05)
     assert saved + planned.working == pytest.approx(most_allocated(loss), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["hidden", "online"])
+@pytest.mark.parametrize("also", [{}, {"cross_entropy": 1.0}, {"output_kl": 1.0}], ids=lambda terms: "+".join(terms))
+def test_matching_hidden_states_takes_what_is_planned(
+    micro_config: MakeConfig,
+    sizes: ModelSizes,
+    saved_bytes: SavedBytes,
+    most_allocated: MostAllocated,
+    tmp_path: Path,
+    mode: str,
+    also: dict[str, float],
+    dtype: torch.dtype,
+) -> None:
+    config = _config(micro_config, tmp_path, mode, {"hidden_mse": 1.0} | also)
+    planned = _planned(config, sizes, dtype)
+    loss = _loss(config, sizes, dtype, {"output": _teacher("hidden", dtype)})
+    state = _HIDDEN * dtype.itemsize
+    taught = _POSITIONS * state if mode == "online" else 0
+    saved = planned.kept - _SEQUENCES * _LENGTH * state - taught
+    assert saved == pytest.approx(saved_bytes(loss), rel=0.05)
+    assert saved + planned.chunk + planned.working == pytest.approx(most_allocated(loss), rel=0.05)
+    assert bool(planned.chunk) == bool(also), "matching hidden states forms no logits"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "terms",
+    [("load_balancing",), ("router_z",), ("load_balancing", "router_z"), ("router_kl", "load_balancing", "router_z")],
+)
+def test_losses_of_trained_routers_take_what_is_planned(
+    micro_config: MakeConfig,
+    sizes: ModelSizes,
+    saved_bytes: SavedBytes,
+    most_allocated: MostAllocated,
+    tmp_path: Path,
+    terms: tuple[str, ...],
+    dtype: torch.dtype,
+) -> None:
+    """At most half a buffer and a tenth too much is planned: types, and how far each term is when the next begins."""
+    config = _config(micro_config, tmp_path, "topk", dict.fromkeys(terms, 1.0), **{"train.routers.train": "all"})
+    planned = _planned(config, sizes, dtype)
+    routers = RouterTargets(tuple(range(6)), 1, logits=torch.randn(_SEQUENCES * _LENGTH, 6, 128))
+    loss = _loss(config, sizes, dtype, {"router": routers})
+    saved = planned.kept - _SEQUENCES * _LENGTH * _HIDDEN * dtype.itemsize
+    assert saved == pytest.approx(saved_bytes(loss), rel=0.1)
+    most, buffer = most_allocated(loss), routers.logits.nbytes
+    assert 0.95 * most <= saved + planned.working <= 1.1 * most + buffer / 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("terms", [("hidden_mse",), ("load_balancing", "router_z"), ("router_kl", "router_z")])
+def test_validation_takes_what_is_planned_of_the_terms_without_the_head(
+    micro_config: MakeConfig, sizes: ModelSizes, most_allocated: MostAllocated, tmp_path: Path, terms: tuple[str, ...]
+) -> None:
+    settings = {"train.routers.train": "all", "targets.mode": "hidden"}
+    config = _config(micro_config, tmp_path, "hidden", dict.fromkeys(terms, 1.0), **settings)
+    targets = source_targets(config, sizes, {})
+    planned = loss_buffers({"prose": _SEQUENCES}, config, sizes, targets, 4, validating=True)
+    routers = RouterTargets(tuple(range(6)), 1, logits=torch.randn(_SEQUENCES * _LENGTH, 6, 128))
+    loss = _loss(config, sizes, torch.float32, {"output": _teacher("hidden", torch.float32), "router": routers})
+    assert planned.working == pytest.approx(most_allocated(loss), rel=0.05)
+    assert planned.kept == _SEQUENCES * _LENGTH * _HIDDEN * 4
 
 
 def test_validation_forms_the_cross_entropy_of_every_source_and_keeps_no_gradient(

@@ -24,7 +24,7 @@ from nexus_ray.planning.sizes import ModelSizes, read_sizes
 from nexus_ray.planning.stages import kv_cache_bytes, stage_needs
 from nexus_ray.planning.text import SourceText
 from nexus_ray.planning.training import training_needs
-from nexus_ray.planning.verdicts import judge
+from nexus_ray.planning.verdicts import judge, with_change
 from nexus_ray.planning.worker import Worker
 from nexus_ray.targets.reading.reader import CACHE_BYTES
 
@@ -196,6 +196,50 @@ def test_the_example_configurations_can_be_planned(micro_model: Path, machine: M
     devices = {stage.needs.stage: stage.needs.device for stage in plan.stages}
     assert devices["train"] == ("cpu" if name == "demo" else "cuda")
     assert devices["convert"] == "cpu"
+
+
+def test_training_that_only_checkpointing_makes_fit_is_told_so(
+    micro_config: MakeConfig, machine: Machines, micro_model: Path, tmp_path: Path
+) -> None:
+    """Many layers; micro-batches hold one sequence and the model computes in bfloat16 already."""
+    sizes = read_sizes(micro_model)
+    sizes = dataclasses.replace(sizes, dimensions=dataclasses.replace(sizes.dimensions, layers=24))
+    settings = {"train.micro_batch_sequences": 1, "resources.workers": 1, "model.dtype": "bfloat16"}
+    config = micro_config(tmp_path, **settings, **{"data.sequence_length": 2048})
+    checkpointed = config.model_copy(update={"train": config.train.model_copy(update={"gradient_checkpointing": True})})
+    plain, smaller = (judge(_train(each, sizes), machine()) for each in (config, checkpointed))
+    between = machine((plain.node + smaller.node) / 2 / 0.95 / GIB)
+    verdict = with_change(judge(plain.needs, between), config, sizes, {}, between)
+    assert verdict.change == ("train.gradient_checkpointing=true",)
+
+
+def test_eight_bit_moments_are_a_quarter_in_memory_and_in_checkpoints(
+    micro_config: MakeConfig, machine: Machines, tmp_path: Path
+) -> None:
+    def sizes(name: str) -> tuple[int, int]:
+        settings = {"train.optimiser.name": name, "convert.width": 4096, "train.keep_checkpoints": 1}
+        plan = make_plan(micro_config(tmp_path, **settings), machine())
+        train = {stage.needs.stage: stage for stage in plan.stages}["train"]
+        (moments,) = (part.size for part in train.needs.phases[0].parts if part.name == "AdamW moments")
+        return moments, plan.as_dict()["storage"]["recovery checkpoints"]
+
+    (plain, plain_disk), (low, low_disk) = sizes("adamw"), sizes("adamw_8bit")
+    assert low == pytest.approx(plain / 4, rel=0.03)
+    assert plain_disk - low_disk == 2 * (plain - low)  # one kept, one while it is written
+
+
+def test_averaging_with_the_last_merged_weights_keeps_a_copy_of_them(
+    micro_config: MakeConfig, machine: Machines, tmp_path: Path
+) -> None:
+    def parts(**averaging: object) -> dict[str, int]:
+        settings = {f"train.averaging.{name}": value for name, value in averaging.items()}
+        plan = make_plan(micro_config(tmp_path, **settings), machine())
+        train = {stage.needs.stage: stage for stage in plan.stages}["train"]
+        return {part.name: part.size for part in train.needs.phases[0].parts}
+
+    plain, kept = parts(every=5), parts(every=5, anchor="previous")
+    assert plain == parts()
+    assert kept["anchor of merges"] == kept["checkpoint"] - plain["checkpoint"] == kept["AdamW moments"] // 2
 
 
 def _train(config: Config, sizes: ModelSizes) -> StageNeeds:

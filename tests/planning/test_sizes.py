@@ -75,6 +75,7 @@ def test_overlay_counts_are_those_of_the_loaded_overlay(
     assert planned.parameters == sum(counts.values())
     assert planned.trained == sum(count for name, count in counts.items() if not name.endswith("scale"))
     assert planned.largest == max(counts.values())
+    assert planned.moments == 2 * 4 * planned.trained
     file = micro_overlay / f"{STEM}.safetensors"
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     assert planned.stored_bytes == file.stat().st_size - header

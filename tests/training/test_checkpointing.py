@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 
+from nexus_ray.config import OptimiserSection
 from nexus_ray.errors import ArtefactError
-from nexus_ray.training.checkpointing import load_checkpoint, save_checkpoint
+from nexus_ray.training.checkpointing import load_checkpoint, take_snapshot, write_snapshot
+from nexus_ray.training.optimiser import build_optimiser
 
 
 def new_model(seed: int = 0) -> nn.Module:
@@ -19,8 +22,12 @@ def new_model(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 12), nn.Dropout(0.3), nn.GELU(), nn.Linear(12, 3))
 
 
-def new_optimiser(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+def new_optimiser(model: nn.Module) -> torch.optim.Optimizer:
+    return build_optimiser(parameters(model), OptimiserSection(learning_rate=1e-2, weight_decay=0.1))
+
+
+def save_checkpoint(directory: Path, model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    write_snapshot(directory, take_snapshot(parameters(model), state, optimiser))
 
 
 def train(model: nn.Module, optimiser: torch.optim.Optimizer, steps: range) -> list[float]:
@@ -46,7 +53,7 @@ def saved(tmp_path: Path) -> Path:
     model = new_model()
     optimiser = new_optimiser(model)
     train(model, optimiser, range(5))
-    save_checkpoint(tmp_path / "checkpoint", parameters(model), optimiser, {"step": 5, "best": 1.5})
+    save_checkpoint(tmp_path / "checkpoint", model, optimiser, {"step": 5, "best": 1.5})
     return tmp_path / "checkpoint"
 
 
@@ -54,7 +61,7 @@ def test_training_continues_bit_for_bit(tmp_path):
     model = new_model()
     optimiser = new_optimiser(model)
     train(model, optimiser, range(5))
-    save_checkpoint(tmp_path / "checkpoint", parameters(model), optimiser, {"step": 5})
+    save_checkpoint(tmp_path / "checkpoint", model, optimiser, {"step": 5})
     expected = train(model, optimiser, range(5, 12))
 
     resumed = new_model(seed=1)
@@ -81,17 +88,20 @@ def test_the_moments_matter(saved):
 
 def test_a_checkpoint_before_the_first_step(tmp_path):
     model = new_model()
-    save_checkpoint(tmp_path / "c", parameters(model), new_optimiser(model), {"step": 0})
+    save_checkpoint(tmp_path / "c", model, new_optimiser(model), {"step": 0})
     resumed = new_model(seed=1)
     optimiser = new_optimiser(resumed)
     load_checkpoint(tmp_path / "c", parameters(resumed), optimiser)
-    assert not optimiser.state
+    assert torch.equal(resumed[0].weight, model[0].weight)
+    after = train(resumed, optimiser, range(3))
+    load_checkpoint(tmp_path / "c", parameters(model))
+    assert after == train(model, new_optimiser(model), range(3))
     assert torch.equal(resumed[0].weight, model[0].weight)
 
 
 def test_bfloat16_parameters_keep_their_bits(tmp_path):
     model = new_model().bfloat16()
-    save_checkpoint(tmp_path / "c", parameters(model), new_optimiser(model), {"step": 0})
+    save_checkpoint(tmp_path / "c", model, new_optimiser(model), {"step": 0})
     resumed = new_model(seed=1).bfloat16()
     load_checkpoint(tmp_path / "c", parameters(resumed))
     assert torch.equal(resumed[3].weight, model[3].weight)
@@ -144,7 +154,7 @@ def test_a_checkpoint_of_other_shapes_is_refused_and_nothing_is_changed(saved, w
 
 def test_a_shape_that_would_broadcast_is_refused(tmp_path):
     small, large = nn.Linear(4, 1), nn.Linear(4, 5)
-    save_checkpoint(tmp_path / "c", parameters(small), new_optimiser(small), {"step": 0})
+    save_checkpoint(tmp_path / "c", small, new_optimiser(small), {"step": 0})
     with pytest.raises(ArtefactError, match="shape"):
         load_checkpoint(tmp_path / "c", parameters(large))
 
@@ -152,6 +162,6 @@ def test_a_shape_that_would_broadcast_is_refused(tmp_path):
 def test_a_failed_save_leaves_the_last_checkpoint(saved):
     model = new_model(seed=1)
     with pytest.raises(TypeError):
-        save_checkpoint(saved, parameters(model), new_optimiser(model), {"step": object()})
+        save_checkpoint(saved, model, new_optimiser(model), {"step": object()})
     assert load_checkpoint(saved, parameters(model)) == {"step": 5, "best": 1.5}
     assert [path.name for path in saved.parent.iterdir()] == ["checkpoint"]

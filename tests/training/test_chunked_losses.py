@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nexus_ray.modeling import head as lm_head
 from nexus_ray.targets.teacher import HiddenTargets, OutputTargets, SampledTargets, TopKTargets
-from nexus_ray.training import chunked
-from nexus_ray.training.chunked import output_losses
+from nexus_ray.training.losses import chunked
+from nexus_ray.training.losses.chunked import output_losses
 
 N, H, V, K = 13, 6, 29, 5
 BETA = 0.3

@@ -13,7 +13,7 @@ import torch
 from nexus_ray.config import Config
 from nexus_ray.errors import ArtefactError
 from nexus_ray.targets.reading.reader import TargetBatch
-from nexus_ray.training.feed import READ_AHEAD, Feed
+from nexus_ray.training.feeding.feed import READ_AHEAD, Feed
 
 SOURCES = {
     "play": {"sequences_per_step": 3, "cross_entropy": 1.0},
@@ -146,7 +146,34 @@ def test_counts_are_of_the_global_batch_whatever_the_worker_does(make_feed, mode
     for world in ((0, 1), (2, 3)):
         feed = make_feed(Numbers(), world, **{"train.mode": mode})
         counts = feed.counts(feed.training(0))
-        assert counts == {"cross_entropy": 3 * 7, "output_kl": 3 * 7, "router_kl": 3 * positions}
+        known = {"cross_entropy": 3 * 7, "output_kl": 3 * 7, "router_kl": 3 * positions}
+        assert counts == {"hidden_mse": 0, "load_balancing": 0, "router_z": 0} | known
+
+
+def test_losses_on_routers_alone_count_every_token_and_need_no_targets(make_feed):
+    numbers = Numbers()
+    sources = SOURCES | {"play": {"tokens_per_step": 130, "load_balancing": 0.1}}  # of 64 tokens a sequence
+    feed = make_feed(numbers, **{"train.sources": sources, "train.routers.train": "all"})
+    batch = feed.training(0)
+    assert feed.counts(batch)["load_balancing"] == 3 * 12
+    list(feed.step(0))
+    assert not any(numbers.with_teacher[number] for number in batch["play"].tolist())
+
+
+def test_hidden_state_matching_counts_predicted_tokens_and_reads_targets(make_feed):
+    numbers = Numbers()
+    sources = SOURCES | {"play": {"sequences_per_step": 3, "hidden_mse": 1.0}}
+    feed = make_feed(numbers, **{"train.sources": sources, "targets.mode": "hidden"})
+    batch = feed.training(0)
+    assert feed.counts(batch)["hidden_mse"] == 3 * 7
+    list(feed.step(0))
+    assert all(numbers.with_teacher[number] for number in batch["play"].tolist())
+
+
+def test_the_counts_of_a_step_do_not_depend_on_what_its_weights_are_now(make_feed):
+    sources = {name: section | {"router_kl": [[0.5, 0.0], [1.0, 1.0]]} for name, section in SOURCES.items()}
+    feed = make_feed(Numbers(), **{"train.sources": sources})
+    assert [feed.counts(feed.training(step))["router_kl"] for step in range(3)] == [6 * 4] * 3
 
 
 def test_validation_sequences_are_never_trained_on(make_feed):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_ray.targets.teacher import RouterTargets, TopKTargets
-from nexus_ray.training import losses
+from nexus_ray.training.losses import routers as losses
 
 
 def _logits(*shape: int, seed: int = 0) -> Tensor:

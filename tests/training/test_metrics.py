@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nexus_ray.errors import StorageError
-from nexus_ray.training.metrics import MetricsLog, read_metrics
+from nexus_ray.training.watching.metrics import MetricsLog, read_metrics
 
 
 @pytest.fixture

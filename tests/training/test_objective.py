@@ -9,14 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_ray.config import TrainSection, TrainSourceSection
+from nexus_ray.config import RoutersSection, TrainSection, TrainSourceSection
 from nexus_ray.targets.reading.reader import TargetBatch
 from nexus_ray.targets.teacher import HiddenTargets, RouterTargets
-from nexus_ray.training.objective import MicroBatch, Output, loss_of, shares, term_counts
+from nexus_ray.training.losses.objective import MicroBatch, Output, loss_of, objective_at, shares, term_counts
 
-SECTION = TrainSourceSection(sequences_per_step=1, cross_entropy=1.0, output_kl=0.5, router_kl=0.25)
-TRAIN = TrainSection(sources={"a": SECTION})
-T, H, V, LAYERS, EXPERTS = 8, 5, 9, 3, 4
+WEIGHTS = {
+    "cross_entropy": 1.0,
+    "output_kl": 0.5,
+    "hidden_mse": 0.75,
+    "router_kl": 0.25,
+    "load_balancing": 0.3,
+    "router_z": 0.02,
+}
+TRAIN = TrainSection(
+    sources={"a": TrainSourceSection(sequences_per_step=1, **WEIGHTS)}, routers=RoutersSection(train="all")
+)
+OBJECTIVE = objective_at(TRAIN, 1.0)
+T, H, V, LAYERS, EXPERTS, SELECTED = 8, 5, 9, 3, 4, 2
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -39,47 +49,66 @@ def outputs(part: MicroBatch, seed: int = 5) -> Output:
     shape = part.batch.input_ids.shape
     hidden = randn(*shape, H, seed=seed).requires_grad_(True)
     routers = randn(*shape, LAYERS, EXPERTS, seed=seed + 1).requires_grad_(True)
-    return Output(hidden, routers, randn(V, H, seed=seed + 2))
+    return Output(hidden, routers, randn(V, H, seed=seed + 2), SELECTED)
 
 
 def counts(part: MicroBatch) -> dict[str, int]:
     assert part.batch.router is not None
-    positions = len(part.batch.router.logits)
-    return term_counts({"a": SECTION}, {"a": int(part.batch.loss_mask.sum())}, {"a": positions})
+    batch, positions = part.batch, len(part.batch.router.logits)
+    return term_counts(
+        OBJECTIVE.weights, {"a": int(batch.loss_mask.sum())}, {"a": positions}, {"a": int(batch.num_tokens.sum())}
+    )
 
 
 def loss(part: MicroBatch, output: Output, of: MicroBatch | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    return loss_of(part, output, TRAIN, shares(SECTION, counts(of or part)))
+    return loss_of(part, output, OBJECTIVE, shares(OBJECTIVE.weights["a"], counts(of or part)))
 
 
-def position_by_position(part: MicroBatch, output: Output) -> Tensor:
+def imbalance(router_logits: Tensor) -> Tensor:
+    """The balance of one sequence [t, layers, experts], expert by expert."""
+    layers = []
+    for logits in router_logits.unbind(1):
+        chosen = [set(row.argsort(descending=True)[:SELECTED].tolist()) for row in logits]
+        share = [sum(expert in experts for experts in chosen) / SELECTED / len(chosen) for expert in range(EXPERTS)]
+        layers.append(EXPERTS * sum(part * logits.softmax(-1)[:, e].mean() for e, part in enumerate(share)))
+    return torch.stack(layers).mean()
+
+
+def position_by_position(part: MicroBatch, output: Output) -> dict[str, Tensor]:
     """The mean of each term by plain loops over sequences and positions."""
-    batch, router = part.batch, part.batch.router
-    stored, divergences, routers, cross_entropy = 0, [], [], []
+    batch, router, stored = part.batch, part.batch.router, 0
+    values: dict[str, list[Tensor]] = {term: [] for term in WEIGHTS}
     for row in range(len(batch.input_ids)):
-        for position in range(int(batch.num_tokens[row])):
+        length = int(batch.num_tokens[row])
+        values["load_balancing"] += [imbalance(output.router_logits[row, :length])] * length
+        for position in range(length):
+            log_sums = output.router_logits[row, position].exp().sum(-1).log()
+            values["router_z"].append(log_sums.pow(2).mean())
             if position + 1 < T and batch.loss_mask[row, position + 1]:
-                student = (output.head @ output.hidden[row, position]).log_softmax(-1)
-                teacher = (output.head @ batch.output.hidden[len(divergences)]).log_softmax(-1)
-                divergences.append(F.kl_div(student, teacher, reduction="sum", log_target=True))
-                cross_entropy.append(-student[batch.input_ids[row, position + 1]])
+                hidden, of_teacher = output.hidden[row, position], batch.output.hidden[len(values["output_kl"])]
+                student, teacher = ((output.head @ states).log_softmax(-1) for states in (hidden, of_teacher))
+                values["output_kl"].append(F.kl_div(student, teacher, reduction="sum", log_target=True))
+                values["cross_entropy"].append(-student[batch.input_ids[row, position + 1]])
+                values["hidden_mse"].append(F.mse_loss(hidden, of_teacher))
             if position % router.every == 0:
                 pairs = zip(router.layers, router.logits[stored].log_softmax(-1), strict=True)
                 students = output.router_logits[row, position].log_softmax(-1)
-                values = [F.kl_div(students[n], log_p, reduction="sum", log_target=True) for n, log_p in pairs]
-                routers.append(torch.stack(values).mean())
+                layers = [F.kl_div(students[n], log_p, reduction="sum", log_target=True) for n, log_p in pairs]
+                values["router_kl"].append(torch.stack(layers).mean())
                 stored += 1
-    means = [torch.stack(values).mean() for values in (cross_entropy, divergences, routers)]
-    return means[0] + 0.5 * means[1] + 0.25 * means[2]
+    return {term: torch.stack(of_term).mean() for term, of_term in values.items()}
 
 
 @pytest.mark.parametrize(("every", "layers"), [(1, (0, 1, 2)), (3, (0, 2)), (5, (1,))])
 def test_the_loss_is_the_weighted_mean_over_counted_positions(every: int, layers: tuple[int, ...]) -> None:
     part = make([T, 5, 2], every=every, layers=layers)
     output = outputs(part)
-    total, _ = loss(part, output)
-    expected = position_by_position(part, output)
+    total, sums = loss(part, output)
+    means = position_by_position(part, output)
+    expected = torch.stack([WEIGHTS[term] * means[term] for term in WEIGHTS]).sum()
     torch.testing.assert_close(total.float(), expected)
+    for term, mean in means.items():
+        torch.testing.assert_close((sums[term] / counts(part)[term]).float(), mean)
     inputs = (output.hidden, output.router_logits)
     for found, wanted in zip(torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
@@ -93,13 +122,14 @@ def test_padding_and_masked_tokens_change_nothing() -> None:
         torch.where(uncounted[..., None], 77.0, output.hidden),
         torch.where(part.batch.valid[..., None, None], output.router_logits, -50.0),
         output.head,
+        output.experts_per_token,
     )
     # The tokens that nobody predicts, padding among them, are others.
     ids = torch.where(part.batch.loss_mask, part.batch.input_ids, 8)
     other = MicroBatch("a", replace(part.batch, input_ids=ids))
     found, sums = loss(part, output)
     same, same_sums = loss(other, changed)
-    assert set(sums) == {"cross_entropy", "output_kl", "router_kl"}
+    assert sums.keys() == WEIGHTS.keys()
     assert torch.equal(found, same)
     assert all(torch.equal(sums[term], same_sums[term]) for term in sums)
     gradient, routers = torch.autograd.grad(found, (output.hidden, output.router_logits))
@@ -124,7 +154,7 @@ def test_parts_of_any_split_add_up_to_the_mean_over_the_global_batch(cut: int) -
             HiddenTargets(batch.output.hidden[first : first + int(targets[rows].sum())]),
             replace(batch.router, logits=batch.router.logits[first_router : first_router + int(positions[rows].sum())]),
         )
-        of_part = Output(output.hidden[rows], output.router_logits[rows], output.head)
+        of_part = Output(output.hidden[rows], output.router_logits[rows], output.head, SELECTED)
         value, part_sums = loss(MicroBatch("a", part), of_part, of=whole)
         found = found + value
         found_sums.append(part_sums)
@@ -133,24 +163,53 @@ def test_parts_of_any_split_add_up_to_the_mean_over_the_global_batch(cut: int) -
         torch.testing.assert_close(found_sums[0][term] + found_sums[1][term], value)
 
 
-def test_a_source_without_a_term_does_not_dilute_its_mean() -> None:
-    kl_only = TrainSourceSection(sequences_per_step=1, output_kl=4.0)
-    ce_only = TrainSourceSection(sequences_per_step=1, cross_entropy=1.0)
-    found = term_counts({"a": ce_only, "b": kl_only}, {"a": 100, "b": 30}, {"a": 101, "b": 31})
-    assert found == {"cross_entropy": 100, "output_kl": 30, "router_kl": 0}
-    assert shares(kl_only, found) == {"output_kl": 4.0 / 30}
+@pytest.mark.parametrize("term", WEIGHTS)
+def test_a_loss_without_a_weight_never_enters_even_where_all_it_needs_is_there(term: str) -> None:
+    part = make([T, 4])
+    output = outputs(part)
+    total, sums = loss_of(part, output, OBJECTIVE, {term: 0.5})
+    assert sums.keys() == {term}
+    torch.testing.assert_close(total.detach(), 0.5 * sums[term])
+    torch.testing.assert_close(sums[term].float(), position_by_position(part, output)[term] * counts(part)[term])
 
 
-def test_the_router_term_counts_positions_with_router_targets() -> None:
-    routed = TrainSourceSection(sequences_per_step=1, router_kl=1.0)
-    assert term_counts({"a": routed, "b": SECTION}, {"a": 7, "b": 9}, {"a": 3, "b": 4})["router_kl"] == 7
+@pytest.mark.parametrize("term", ["router_kl", "load_balancing", "router_z"])
+def test_every_router_term_has_a_gradient_at_every_token_and_every_layer(term: str) -> None:
+    part = make([T, 4])
+    output = outputs(part)
+    gradient = torch.autograd.grad(loss_of(part, output, OBJECTIVE, {term: 1.0})[0], output.router_logits)[0]
+    reached = gradient.abs().sum(-1) > 0
+    assert torch.equal(reached, part.batch.valid[..., None].expand_as(reached))
 
 
-def test_a_source_with_the_router_term_alone_still_reaches_the_hidden_states() -> None:
+def test_a_weight_of_zero_now_measures_without_teaching() -> None:
+    part = make([T, 4])
+    output = outputs(part)
+    total, sums = loss_of(part, output, OBJECTIVE, dict.fromkeys(WEIGHTS, 0.0))
+    assert all(value > 0 for value in sums.values())
+    gradients = torch.autograd.grad(total, (output.hidden, output.router_logits))
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("term", ["router_kl", "load_balancing", "router_z"])
+def test_a_source_with_a_router_term_alone_still_reaches_the_hidden_states(term: str) -> None:
     """With a gradient of zero: data parallelism waits for every parameter, the last layer's among them."""
     part = make([T, 4])
     output = outputs(part)
-    total, sums = loss_of(part, output, TRAIN, {"router_kl": 0.5})
+    total, sums = loss_of(part, output, OBJECTIVE, {term: 0.5})
     gradient = torch.autograd.grad(total, output.hidden)[0]
     assert not gradient.any()
-    torch.testing.assert_close(total.detach(), 0.5 * sums["router_kl"])
+    torch.testing.assert_close(total.detach(), 0.5 * sums[term])
+
+
+def test_sequences_that_predict_nothing_have_finite_gradients_for_all_outputs() -> None:
+    part = make([T, 4])
+    unseen = replace(
+        part.batch, loss_mask=torch.zeros_like(part.batch.loss_mask), output=HiddenTargets(randn(0, H, seed=1))
+    )
+    output = outputs(part)
+    total, sums = loss_of(MicroBatch("a", unseen), output, OBJECTIVE, OBJECTIVE.weights["a"])
+    assert not any(sums[term] for term in ("cross_entropy", "output_kl", "hidden_mse"))
+    hidden, routers = torch.autograd.grad(total, (output.hidden, output.router_logits))
+    assert not hidden.any()
+    assert routers.isfinite().all()

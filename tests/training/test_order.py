@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nexus_ray.errors import DataError
-from nexus_ray.training.order import Sequences, SourceOrder, micro_batches, share, worker_groups
+from nexus_ray.training.feeding.order import Sequences, SourceOrder, micro_batches, share, worker_groups
 
 # The sequences of step 0 of `order()`, written down once.
 FIRST_BATCH = [45, 8, 16, 20, 28, 31]

@@ -102,6 +102,40 @@ def test_selected_routers_of_another_temperature_are_refused_and_all_logits_are_
     check_targets(manifest(router=LOGITS), warm, overlay)
 
 
+def test_a_temperature_that_changes_is_refused_with_targets_made_for_one(manifest, config, overlay):
+    """The configuration asks for hidden states; the targets in the run are still those of before."""
+    changes = {"targets.mode": "hidden", "train.output_temperature": [[0, 2], [1, 1]]}
+    said = r"temperature 1, but train\.output_temperature is \[\[0\.0, 2\.0\], \[1\.0, 1\.0\]\]"
+    with pytest.raises(ArtefactError, match=said):
+        check_targets(manifest(), config(**changes), overlay)
+    check_targets(manifest(output=HiddenEncoding(hidden_size=64)), config(**changes), overlay)
+    routers = {"train.router_temperature": [[0.3, 8], [1, 4]]}
+    check_targets(manifest(), config(**routers), overlay)
+    with pytest.raises(ArtefactError, match=r"temperature 4, but train\.router_temperature is \[\[0\.3, 8\.0\], "):
+        check_targets(
+            manifest(router=RouterEncoding(mode="selected", temperature=4.0, **SIZES)), config(**routers), overlay
+        )
+
+
+@pytest.mark.parametrize("output", [TOP_K, SampledEncoding(draws=4, vocabulary=4117)], ids=["topk", "sampled"])
+def test_hidden_states_are_matched_with_hidden_states_only(manifest, config, overlay, output):
+    sources = SOURCES | {"prose": {"sequences_per_step": 4, "hidden_mse": 1.0}}
+    matching = config(**{"train.sources": sources, "targets.mode": "hidden", "train.output_temperature": 3.0})
+    with pytest.raises(ArtefactError, match="no hidden states, which prose needs for its hidden_mse") as raised:
+        check_targets(manifest(output=output), matching, overlay)
+    assert "nexus-ray precompute CONFIG" in str(raised.value)
+    check_targets(manifest(output=HiddenEncoding(hidden_size=64)), matching, overlay)
+
+
+def test_a_step_in_tokens_counts_as_its_sequences(manifest, config, overlay):
+    """12 sequences of 64 tokens, 4 of them for validation: a step of 8 is there, one of 9 is not."""
+    sources = {"play": {"tokens_per_step": 512, "cross_entropy": 1.0}}
+    check_targets(manifest(), config(**{"train.sources": sources}), overlay)
+    sources["play"]["tokens_per_step"] += 1
+    with pytest.raises(DataError, match="source play has 12 sequences; validation and one step need 13"):
+        check_targets(manifest(), config(**{"train.sources": sources}), overlay)
+
+
 def test_targets_that_no_loss_needs_may_be_of_any_temperature(manifest, config, overlay):
     plain = {name: {"sequences_per_step": 4, "cross_entropy": 1.0} for name in SOURCES}
     check_targets(manifest(), config(**{"train.sources": plain, "train.output_temperature": 2.0}), overlay)

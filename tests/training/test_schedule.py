@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import pytest
 
-from nexus_ray.config import ScheduleSection
-from nexus_ray.training.schedule import learning_rate
+from nexus_ray.config import OptimiserSection, RoutersSection, ScheduleSection
+from nexus_ray.training.schedule import biases_are_frozen, learning_rate, learning_rates
 
 STEPS, PEAK = 1000, 3e-3
 
@@ -75,3 +75,39 @@ class TestEverySchedule:
 def test_a_single_step_is_taken_at_the_peak():
     """Its warm-up is over as it begins; nothing would be learned at a rate of 0."""
     assert curve(1, warmup=0.05, decay=0.5, floor=0.0) == [PEAK]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_a_constant_schedule_stays_at_the_peak_after_its_warm_up(decay):
+    rates = curve(warmup=0.2, decay=decay, shape="constant", floor=0.1)
+    assert rates[:200] == pytest.approx([PEAK * (step + 1) / 200 for step in range(200)])
+    assert rates[200:] == [PEAK] * 800
+
+
+@pytest.mark.parametrize(
+    ("train", "names"),
+    [
+        ("none", {"learning_rate"}),
+        ("bias", {"learning_rate", "router_bias_learning_rate"}),
+        ("all", {"learning_rate", "router_learning_rate", "router_bias_learning_rate"}),
+    ],
+)
+def test_only_what_is_trained_has_a_learning_rate(train, names):
+    assert learning_rates(3, 10, OptimiserSection(), RoutersSection(train=train)).keys() == names
+    assert learning_rates(3, 10, OptimiserSection()).keys() == {"learning_rate"}
+
+
+def test_router_rates_are_shares_of_the_learning_rate_until_biases_freeze():
+    section = OptimiserSection(learning_rate=PEAK)
+    routers = RoutersSection(train="all", learning_rate_factor=0.5, bias_learning_rate_factor=0.001, freeze_bias_at=0.8)
+    for step in range(STEPS):
+        rates = learning_rates(step, STEPS, section, routers)
+        rate = learning_rate(step, STEPS, PEAK, section.schedule)
+        assert rates["learning_rate"] == rate
+        assert rates["router_learning_rate"] == rate / 2
+        assert rates["router_bias_learning_rate"] == (rate * 0.001 if step < 800 else 0.0)
+        assert biases_are_frozen(step, STEPS, routers) is (step >= 800)
+
+
+def test_biases_that_are_never_frozen_learn_in_the_last_step():
+    assert not biases_are_frozen(STEPS - 1, STEPS, RoutersSection(train="bias"))

@@ -73,7 +73,7 @@ def job_of_run(config: Config) -> PrecomputeJob:
     model = read_model_config(config.model.path)
     dimensions = family_of(model).dimensions(model)
     _check_length(config, model)
-    output, router = sources_with(config, "output_kl"), sources_with(config, "router_kl")
+    output, router = sources_with(config, "needs_output"), sources_with(config, "router_kl")
     tokenizer = load_tokenizer(config.model.path, model)
     sizes = {"vocabulary": model["vocab_size"], "hidden_size": dimensions.hidden_size}
     header = Header(

@@ -160,7 +160,9 @@ class ShardWriter:
 
     def _write(self, shard: ShardFile, work: ShardWork, unreadable: UnreadableRows) -> None:
         random = np.random.Generator(np.random.Philox(key=int(work.key, 16)))
-        packed = pack_shard(work.shard, self.tokenizer, self.job.data.sequence_length, unreadable.handler)
+        predict = self.job.data.sources[work.shard.source].predict
+        length = self.job.data.sequence_length
+        packed = pack_shard(work.shard, self.tokenizer, length, unreadable.handler, predict)
         for batch in batches(packed, self.job.batch_sequences):
             try:
                 shard.add(batch, self._columns(batch, work, random))
@@ -183,13 +185,19 @@ def _report_unreadable(job: PrecomputeJob, chosen: Sequence[ShardWork], files: S
 
 
 def _check_enough_text(job: PrecomputeJob, manifest: Manifest) -> None:
-    """Refuse a source without a sequence, and say which have less text than was wanted."""
+    """Refuse a source without a sequence or without a target, and say which have less text than was wanted."""
     for name in job.names:
-        tokens = sum(file.tokens for file in manifest.files if file.source == name)
+        files = [file for file in manifest.files if file.source == name]
+        tokens = sum(file.tokens for file in files)
         if tokens < job.data.sequence_length:
             raise DataError(
                 f"data.sources.{name}.train holds {tokens} tokens, less than one sequence ({job.data.sequence_length})",
                 "add text or lower data.sequence_length",
+            )
+        if not any(file.targets for file in files):
+            raise DataError(
+                f"data.sources.{name}.train holds no message of an assistant, so nothing in it is predicted",
+                f"set data.sources.{name}.predict=all, or leave the source out",
             )
         if job.max_tokens is not None and tokens < job.max_tokens:
             logger.warning(

@@ -64,7 +64,7 @@ class ShardFile:
         for start in range(0, len(batch.num_tokens), self._group_rows):
             rows = slice(start, start + self._group_rows)
             pieces = {name: _of_rows(column, counts[name], rows) for name, column in columns.items()}
-            self._waiting.append(self._table(Batch(batch.input_ids[rows], batch.num_tokens[rows]), pieces))
+            self._waiting.append(self._table(batch.rows(rows), pieces))
             self._write_full_groups()
 
     def close(self) -> None:

@@ -71,6 +71,9 @@ def plan_work(job: PrecomputeJob, resources: ResourcesSection) -> list[ShardWork
     for shard, text, estimate in zip(shards, text_identities(shards), estimate_tokens(shards).tolist(), strict=True):
         output, router = shard.source in job.output_sources, shard.source in job.router_sources
         of_source = {"source": shard.source, "output": output, "router": router}
+        predict = job.data.sources[shard.source].predict
+        if predict != "all":
+            of_source["predict"] = predict
         computed = _computation(job, resources) if output or router else {}
         identity = digest({**recipe, **of_source, **computed, "text": text})
         key = digest([identity, seen[identity]])[:KEY_DIGITS]

@@ -5,7 +5,7 @@ Logits are formed a few positions at a time and encoded at once, so [sequences, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -69,9 +69,12 @@ class EncodingTeacher:
         columns: dict[str, NDArray[np.uint8]] = {}
         if output:
             is_target = torch.from_numpy(batch.is_target).to(self.model.device)
-            columns |= _joined(self._output(hidden[:, :-1][is_target[:, 1:]], random))
+            assert self.header.output is not None
+            pieces = self._output(hidden[:, :-1][is_target[:, 1:]], random)
+            columns |= _joined(pieces, self.header.output.widths())
         if router:
-            columns |= _joined([self._router(router_logits, valid)])
+            assert self.header.router is not None
+            columns |= _joined([self._router(router_logits, valid)], self.header.router.widths())
         return columns
 
     def _output(self, hidden: Tensor, random: np.random.Generator) -> Iterator[Mapping[str, Tensor]]:
@@ -108,10 +111,11 @@ class EncodingTeacher:
         return encoding.encode(chosen)
 
 
-def _joined(pieces: Iterator[Mapping[str, Tensor]] | list[Mapping[str, Tensor]]) -> dict[str, NDArray[np.uint8]]:
-    """The pieces of each column one after the other, in memory of this machine."""
+def _joined(pieces: Iterable[Mapping[str, Tensor]], widths: Mapping[str, int]) -> dict[str, NDArray[np.uint8]]:
+    """The pieces of each column, if any, one after the other, in memory of this machine."""
     arrays = [{name: column.cpu().numpy() for name, column in piece.items()} for piece in pieces]
-    return {name: np.concatenate([piece[name] for piece in arrays]) for name in arrays[0]}
+    empty = {name: np.zeros((0, width), np.uint8) for name, width in widths.items()}
+    return {name: np.concatenate([empty[name], *(piece[name] for piece in arrays)]) for name in widths}
 
 
 def _check(values: Tensor, what: str) -> None:

@@ -1,12 +1,14 @@
 """The metrics of a run: one JSON line a record, in `metrics.jsonl`.
 
-Records carry `event` (`step`, `validation`, `checkpoint`, `resume`, `best`) and `step`. A resumed run drops the
-records of steps it will take again, so that each step stands once.
+Records carry `event` (`step`, `validation`, `best`, `checkpoint`, `resume`, `merge`, `bias_frozen`, `skipped`,
+`early_stop`, `warning`, `sample`, `stopped`) and `step`. A resumed run drops the records of steps it will take again,
+so that each step stands once.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,13 +44,40 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete records of a metrics file; none when it does not exist. A cut last line is ignored."""
     if not path.exists():
         return []
+    return _parse(path.read_text(encoding="utf-8"))
+
+
+def _parse(text: str) -> list[dict[str, Any]]:
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in text.splitlines():
         try:
             records.append(json.loads(line))
         except ValueError:
             continue
     return records
+
+
+class MetricsTail:
+    """Reads a metrics file while it is being written, each record once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = 0
+        self._read = 0
+
+    def new_records(self) -> list[dict[str, Any]]:
+        """Complete records since the last call; all of them again when a resumed run has put another file there."""
+        try:
+            with self._path.open("rb") as file:
+                number = os.fstat(file.fileno()).st_ino
+                self._read = self._read if number == self._file else 0
+                self._file = number
+                file.seek(self._read)
+                complete = file.read().rpartition(b"\n")[0]
+        except FileNotFoundError:
+            return []
+        self._read += len(complete) + 1 if complete else 0
+        return _parse(complete.decode("utf-8"))
 
 
 def read_runs(directories: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:

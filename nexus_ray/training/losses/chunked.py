@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from nexus_ray.modeling.head import chunks, logits_of
 from nexus_ray.targets.teacher import HiddenTargets, OutputTargets, SampledTargets, TopKTargets
-from nexus_ray.training.divergences import Divergence, Form, divergence_of
+from nexus_ray.training.losses.divergences import Divergence, Form, divergence_of
 
 CROSS_ENTROPY, OUTPUT_KL = "cross_entropy", "output_kl"
 NEXT_TOKEN_TERMS = (CROSS_ENTROPY, OUTPUT_KL)

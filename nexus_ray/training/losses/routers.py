@@ -1,4 +1,4 @@
-"""The router's distillation loss, in nats. Legend: n positions, L layers, E experts, K selected.
+"""Losses on routers, in nats where they are divergences. Legend: n positions, L layers, E experts, K selected.
 
 Routers are small, so autograd does the rest; losses on the vocabulary are in `chunked.py`.
 """
@@ -51,3 +51,33 @@ def router_kl(teacher: RouterTargets, student_logits: Tensor, temperature: float
         return selected_kl(teacher.selected, logits, temperature).mean(dim=-1)
     assert teacher.logits is not None
     return full_kl(teacher.logits, logits, temperature).mean(dim=-1)
+
+
+def router_z(logits: Tensor) -> Tensor:
+    """Squared log-sum-exp of router logits [n, L, E]: mean over layers, sum over positions.
+
+    The router z-loss of Zoph et al. (2022, arXiv:2202.08906, equation 5).
+    """
+    return logits.float().logsumexp(-1).square().mean(-1).sum(dtype=torch.float64)
+
+
+def load_balancing(logits: Tensor, valid: Tensor, experts_per_token: int) -> Tensor:
+    """How unevenly each sequence uses the experts: mean over layers, sum over sequences, each times its tokens.
+
+    E * sum over experts of (share of the selections) * (mean probability); 1 for a layer that uses all alike. It is
+    the sequence-wise balance loss of DeepSeek-V3 (2024, arXiv:2412.19437, equations 17 to 20): a property of each
+    sequence, so that the global mean does not depend on micro-batches or workers, as one of batches would.
+
+    Args:
+        logits: [B, T, L, E] router logits.
+        valid: [B, T] false on padding.
+        experts_per_token: experts that are selected.
+    """
+    kept = valid[:, :, None, None].float()
+    tokens = valid.sum(1).clamp(min=1)[:, None, None]
+    selected = torch.zeros_like(logits, dtype=torch.float32)
+    selected.scatter_(-1, logits.topk(experts_per_token, dim=-1).indices, 1.0 / experts_per_token)
+    share = (selected * kept).sum(1) / tokens
+    probability = (logits.float().softmax(-1) * kept).sum(1) / tokens
+    balance = logits.shape[-1] * (share * probability).sum(-1).mean(-1)
+    return (balance * valid.sum(1)).sum(dtype=torch.float64)

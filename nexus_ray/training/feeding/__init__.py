@@ -1,0 +1,1 @@
+"""Which sequences a worker reads at a step, and reading them ahead."""

@@ -1,0 +1,63 @@
+"""What a training watches itself for: a loss that diverges, and validations that no longer gain."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from nexus_ray.config import EarlyStopSection
+
+_WINDOW = 20  # steps whose mean loss is compared
+_DIVERGED_NATS = 2.0  # above the lowest such mean
+
+
+@dataclass
+class Progress:
+    """What a training remembers besides weights and moments; goes into every checkpoint.
+
+    Attributes:
+        step: finished optimiser steps.
+        best: lowest validation loss so far, in nats.
+        best_step: finished steps when it was measured.
+        without_gain: validations since then.
+        ended: whether it has ended before its last step.
+        biases_frozen: whether router biases have stopped learning.
+        skipped: steps in a row whose gradients were not finite.
+        recent: losses of the last steps, in nats.
+        lowest: lowest mean of as many steps so far.
+    """
+
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    without_gain: int = 0
+    ended: bool = False
+    biases_frozen: bool = False
+    skipped: int = 0
+    recent: list[float] = field(default_factory=list)
+    lowest: float | None = None
+
+    def as_state(self) -> dict[str, Any]:
+        """As JSON-serialisable values."""
+        return asdict(self)
+
+    def is_diverging(self, loss: float) -> bool:
+        """Take note of a step's loss; true when the mean of the last 20 is 2 nats above the lowest such mean."""
+        self.recent = [*self.recent, loss][-_WINDOW:]
+        if len(self.recent) < _WINDOW:
+            return False
+        mean = math.fsum(self.recent) / _WINDOW
+        self.lowest = mean if self.lowest is None else min(self.lowest, mean)
+        return mean > self.lowest + _DIVERGED_NATS
+
+    def is_best(self, loss: float, section: EarlyStopSection) -> bool:
+        """Take note of a validation; true when it is the best so far. Ends the training when patience is over."""
+        gained = math.isfinite(loss) and (self.best is None or loss < self.best)
+        enough = gained and (self.best is None or loss < self.best - section.min_gain)
+        self.without_gain = 0 if enough else self.without_gain + 1
+        if section.patience is not None and self.without_gain >= section.patience:
+            self.ended = True
+        if gained:
+            self.best, self.best_step = loss, self.step
+        return gained

@@ -1,0 +1,88 @@
+"""The latest checkpoints of a training, for continuing after anything: written while the training goes on."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from nexus_ray.errors import ArtefactError
+from nexus_ray.storage import make_directory
+from nexus_ray.training.checkpointing import Snapshot, read_state, write_snapshot
+
+logger = logging.getLogger(__name__)
+_NAME = re.compile(r"step-(\d{8})")
+
+
+class RecoveryPoints:
+    """Writes the checkpoints of one training and keeps the newest few; used by one worker.
+
+    Args:
+        directory: of the checkpoints, each `step-N` after N finished steps.
+        keep: how many stay.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self.directory = make_directory(directory)
+        self.keep = keep
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[int] | None = None
+        for leftover in directory.glob(".step-*.partial"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def write(self, snapshot: Snapshot) -> list[int]:
+        """Write a snapshot in the background, after the one before it; returns the steps of finished ones.
+
+        Raises:
+            StorageError: the one before it could not be written; older checkpoints are as they were.
+        """
+        finished = self.finished(wait=True)
+        self._writing = self._writer.submit(self._write, snapshot)
+        return finished
+
+    def finished(self, *, wait: bool = False) -> list[int]:
+        """Steps of the checkpoints that were written since the last call.
+
+        Raises:
+            StorageError: one could not be written.
+        """
+        if self._writing is None or not (wait or self._writing.done()):
+            return []
+        writing, self._writing = self._writing, None
+        return [writing.result()]
+
+    def close(self) -> None:
+        """Let the last write end, whatever it has to say."""
+        self._writer.shutdown(wait=True)
+
+    def _write(self, snapshot: Snapshot) -> int:
+        step = int(snapshot.state["step"])
+        write_snapshot(self.directory / f"step-{step:08d}", snapshot)
+        for _, old in list(_newest_first(self.directory))[self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+        return step
+
+
+def newest(directory: Path) -> Path | None:
+    """The newest whole checkpoint; damaged ones are passed over, with a warning."""
+    for _, path in _newest_first(directory):
+        try:
+            read_state(path)
+        except ArtefactError as error:
+            logger.warning("%s; the one before it is used", error.message)
+            continue
+        return path
+    return None
+
+
+def steps_reached(directory: Path) -> int:
+    """Finished steps of the newest checkpoint; 0 without one. Nothing is read."""
+    return next((step for step, _ in _newest_first(directory)), 0)
+
+
+def _newest_first(directory: Path) -> Iterator[tuple[int, Path]]:
+    found = [(int(match[1]), path) for path in directory.glob("*") if (match := _NAME.fullmatch(path.name))]
+    return iter(sorted(found, reverse=True))

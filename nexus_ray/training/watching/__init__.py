@@ -1,0 +1,1 @@
+"""What a training says about itself: metrics, progress, warnings, trackers."""
