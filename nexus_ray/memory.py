@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def used_bytes(device: torch.device) -> int:
     """Memory in use: the most that tensors have taken on a GPU; else this process's own, mapped files aside."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
+    with suppress(OSError), Path("/proc/self/status").open(encoding="ascii") as status:
         for line in status:
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024

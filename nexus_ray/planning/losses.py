@@ -41,6 +41,7 @@ class LossBuffers:
     chunk: int
     block: int
     working: int
+    observed: int = 0
 
 
 def micro_batches(config: Config) -> list[dict[str, int]]:
@@ -72,7 +73,7 @@ def loss_buffers(
     length, online = config.data.sequence_length, config.train.mode == "online"
     state = sizes.dimensions.hidden_size * itemsize
     kept = sum(batch.values()) * length * state
-    chunk = block = working = 0
+    chunk = block = working = observed = 0
     for name, sequences in batch.items():
         section, positions = config.train.sources[name], sequences * (length - 1)
         if (section.cross_entropy or section.output_kl) and not validating:
@@ -85,8 +86,10 @@ def loss_buffers(
         router = _router_values(section, sizes, targets[name], sequences * length, online=online)
         saved, at_work = _others(section, _compared(sizes, sequences, length, router), validating=validating)
         kept += saved + online * router * _FLOAT32
+        if _observes_routers(section, online=online, validating=validating):
+            observed += sequences * length * sizes.dimensions.layers * sizes.dimensions.experts * itemsize
         working = max(working, positions * state, at_work)
-    return LossBuffers(kept, chunk, block, working)
+    return LossBuffers(kept, chunk, block, working, observed)
 
 
 def chunk_units(
@@ -122,6 +125,11 @@ def _others(section: TrainSourceSection, compared: Mapping[str, int], *, validat
             most = max(most, kept + int(units * size))
             kept += 0 if validating else saved * size
     return kept, most - kept
+
+
+def _observes_routers(section: TrainSourceSection, *, online: bool, validating: bool) -> bool:
+    """Whether the base's routers are kept for the metrics, no loss being about them."""
+    return not section.router_kl and (validating or (online and section.needs_output))
 
 
 def _router_values(

@@ -73,7 +73,9 @@ def _losses(worker: Worker, batch: dict[str, int], *, validating: bool = False) 
     itemsize, block = worker.dtype.itemsize, worker.activation_block(sum(batch.values()))
     buffers = loss_buffers(batch, worker.config, worker.sizes, worker.targets, itemsize, validating=validating)
     return (
-        Part("hidden states", buffers.kept, "final ones, and their gradients", block),
+        Part(
+            "hidden states", buffers.kept + buffers.observed, "final ones, their gradients, what the base said", block
+        ),
         Part("logits of a chunk", buffers.chunk, "float32 buffers", buffers.block),
         Part("losses at work", buffers.working, block=block),
     )

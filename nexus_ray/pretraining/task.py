@@ -70,7 +70,7 @@ class PretrainTask:
         """Backward passes of one global batch."""
         rank, world_size = trainer.world()
         batch = self.order.of_step(step)
-        count = int(self.targets.num_targets(batch).sum())
+        count = max(1, int(self.targets.num_targets(batch).sum()))
         parts = micro_batches(share(batch, rank, world_size), self.section.micro_batch_sequences)
         total = torch.zeros(2, device=self.device)
         for index, part in enumerate(parts):
@@ -91,7 +91,7 @@ class PretrainTask:
         total = torch.zeros((), device=self.device)
         for part in micro_batches(share(held_out, rank, world_size), self.section.micro_batch_sequences):
             total += self.module(*self._batch(part))[0]
-        loss = float(trainer.sum_over_workers(total)) / int(self.targets.num_targets(held_out).sum())
+        loss = float(trainer.sum_over_workers(total)) / max(1, int(self.targets.num_targets(held_out).sum()))
         return {"loss": loss}
 
     def samples(self) -> list[dict[str, str]]:

@@ -171,7 +171,7 @@ class DistilTask:
         section = self.train.sources[part.source]
         online = self.train.mode == "online"
         output = online and section.needs_output
-        router = (online and bool(section.router_kl)) or (routers and batch.router is None)
+        router = output or (online and bool(section.router_kl)) or (routers and batch.router is None)
         return MicroBatch(part.source, self._taught(batch, output=output, router=router))
 
     @torch.no_grad()
