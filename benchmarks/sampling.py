@@ -35,7 +35,7 @@ from nexus_ray.data.coverage import (
     coverage,
 )
 from nexus_ray.data.documents import read_documents
-from nexus_ray.data.packing import encode_document
+from nexus_ray.data.encoding import encode_document
 from nexus_ray.data.sources import Shard
 from nexus_ray.errors import ConfigError
 

@@ -184,3 +184,9 @@ def test_one_worker_and_two_agree(make_run, whole):
         assert found == pytest.approx(expected, abs=1e-5)
     parts: list[Any] = [read_metrics(layout.metrics)[0] for layout in (alone, whole)]
     assert parts[0]["tokens"] == parts[1]["tokens"]
+
+
+def test_with_fewer_places_than_workers_wanted_it_trains_on_those_there_are(make_run, whole):
+    config = make_run("elastic", **{"resources.workers": 8, "resources.min_workers": 1})
+    for found, expected in zip(losses(trained(config))[:20], losses(whole)[:20], strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
