@@ -2,7 +2,7 @@
 
 Runs optimiser steps of one worker in a plain process and compares its peak with the plan of the same configuration:
 the demo's on the embedded model, or one short sequence on a checkpoint of GPT-OSS 20B shape. The process imports what
-a worker does; Ray, DDP, validation, files of targets and checkpoints have no part in it, so the plan is asked for one
+a worker does; Ray, DDP, validation and files of targets have no part in it, so the plan is asked for one
 worker without text, and its 360 MiB for a Ray actor stand against the 287 MiB of imports here. The last line is one
 JSON object.
 
@@ -24,6 +24,7 @@ from nexus_ray.config import Config, load_config
 from nexus_ray.planning.sizes import read_sizes
 from nexus_ray.planning.training import training_needs
 from nexus_ray.planning.worker import Worker
+from nexus_ray.training.checkpointing import Snapshot, take_snapshot
 
 _ROOT = Path(__file__).parents[1]
 _TINY = "tiny"
@@ -46,8 +47,11 @@ def measure(config: Config, steps: int) -> MemoryPeak:
     with tempfile.TemporaryDirectory() as scratch, MemoryPeak(interval=0.002) as peak:
         make_overlay(config, Path(scratch) / "overlay")
         worker = WorkerSteps(config, Path(scratch) / "overlay")
+        written: list[Snapshot] = []  # the copy that is held while a checkpoint is written and training goes on
         for index in range(steps):
             print(f"step {index}: loss {worker.step()[0]:.3f} nats, {peak.anonymous / 2**20:,.0f} MiB", flush=True)
+            written.clear()
+            written.append(take_snapshot(worker.parameters, {"step": index}, worker.optimiser))
     return peak
 
 
@@ -75,7 +79,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--shape", choices=[_TINY, "gpt-oss-20b"], default=_TINY)
     parser.add_argument("--layers", type=int, help="fewer layers than the true shape, for a quick look")
-    parser.add_argument("--steps", type=int, default=2, help="optimiser steps (default 2: the first makes the moments)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=3,
+        help="optimiser steps (default 3: the second has moments and a checkpoint)",
+    )
     parser.add_argument("--directory", type=Path, default=CHECKPOINTS, help="of checkpoints")
     parser.add_argument("overrides", nargs="*", help="of the configuration, e.g. model.experts=grouped_mm")
     arguments = parser.parse_args()

@@ -171,7 +171,12 @@ class _Loop:
             self.progress = Progress(**state)
 
     def _step(self, step: int) -> None:
-        record = self._optimise(step)
+        started = time.monotonic()
+        if not self.saved_for_leaving and trainer.node_is_leaving():
+            self.saved_for_leaving = True
+            self.say("preemption")
+            self._checkpoint(wait=True)
+        record = self._optimise(step, started)
         self.progress.step = step + 1
         if record is not None:
             self.say("step", **record)
@@ -181,18 +186,13 @@ class _Loop:
         last = step + 1 == self.settings.steps
         if last or (step + 1) % self.settings.validate_every == 0:
             self._validate()
-        leaving = not self.saved_for_leaving and trainer.node_is_leaving()
-        self.saved_for_leaving |= leaving
-        if leaving:
-            self.say("preemption")
-        if last or leaving or self.progress.ended or (step + 1) % self.settings.checkpoint_every == 0:
-            self._checkpoint(wait=leaving)
+        if last or self.progress.ended or (step + 1) % self.settings.checkpoint_every == 0:
+            self._checkpoint()
         elif self.points is not None:
             self._written(self.points.finished())
 
-    def _optimise(self, step: int) -> dict[str, Any] | None:
+    def _optimise(self, step: int, started: float) -> dict[str, Any] | None:
         """One optimiser step; returns what to record, or None when it was skipped."""
-        started = time.monotonic()
         task, section = self.task, self.settings.optimiser
         record = task.accumulate(step)
         norm = float(nn.utils.clip_grad_norm_(task.parameters.values(), section.clip_norm))
@@ -280,7 +280,7 @@ class _Loop:
             self.say("early_stop", validations_without_gain=self.progress.without_gain)
         trainer.tell_ray({"step": float(self.progress.step), "validation_loss": record["loss"]})
 
-    def _checkpoint(self, *, wait: bool) -> None:
+    def _checkpoint(self, *, wait: bool = False) -> None:
         """Copy everything and write it in the background."""
         if self.points is None:
             return

@@ -241,11 +241,11 @@ def test_a_preemption_notice_is_answered_with_a_checkpoint_at_once_and_only_one(
     monkeypatch.setattr(trainer, "node_is_leaving", lambda: next(calls) >= 3)
     made = settings(checkpoint_every=100)
     train(made, stop_before=6)
-    assert [path.name for path in made.layout.checkpoints.iterdir()] == ["step-00000004"]
-    assert [step for event, step in events(made) if event == "preemption"] == [3]
+    assert [path.name for path in made.layout.checkpoints.iterdir()] == ["step-00000003"]
+    assert [step for event, step in events(made) if event == "preemption"] == [2]
     monkeypatch.setattr(trainer, "node_is_leaving", lambda: False)
     resumed = train(made)
-    assert resumed.taken[0] == 4
+    assert resumed.taken[0] == 3
     assert_same(resumed, train(settings("whole")))
 
 
