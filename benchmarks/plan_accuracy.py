@@ -79,12 +79,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--shape", choices=[_TINY, "gpt-oss-20b"], default=_TINY)
     parser.add_argument("--layers", type=int, help="fewer layers than the true shape, for a quick look")
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=3,
-        help="optimiser steps (default 3: the second has moments and a checkpoint)",
-    )
+    steps = "optimiser steps (default 2: the second has moments and a checkpoint)"
+    parser.add_argument("--steps", type=int, default=2, help=steps)
     parser.add_argument("--directory", type=Path, default=CHECKPOINTS, help="of checkpoints")
     parser.add_argument("overrides", nargs="*", help="of the configuration, e.g. model.experts=grouped_mm")
     arguments = parser.parse_args()

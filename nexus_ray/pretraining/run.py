@@ -24,6 +24,7 @@ from nexus_ray.targets.writing.job import job_of_text
 from nexus_ray.targets.writing.precompute import precompute
 from nexus_ray.training import trainer
 from nexus_ray.training.checkpointing import load_checkpoint
+from nexus_ray.training.optimiser import check_optimiser
 
 logger = logging.getLogger(__name__)
 _BATCH_SEQUENCES = 8
@@ -52,6 +53,7 @@ def pretrain(run: PretrainRun) -> Path:
             f"pretrain.sequences_per_step is {run.pretrain.sequences_per_step}, fewer than "
             f"resources.workers={run.resources.workers}"
         )
+    check_optimiser(run.pretrain.optimiser)
     layout = RunLayout(run.run.directory)
     precompute(job_of_text(run.data, run.pretrain.tokenizer), layout.targets, run.resources)
     trainer.run_distributed(

@@ -21,7 +21,7 @@ from nexus_ray.training import trainer
 from nexus_ray.training.averaging import Averaging
 from nexus_ray.training.checkpointing import load_checkpoint, take_snapshot, write_snapshot
 from nexus_ray.training.guards import Progress
-from nexus_ray.training.optimiser import set_learning_rates
+from nexus_ray.training.optimiser import learning_parameters, set_learning_rates
 from nexus_ray.training.recovery import RecoveryPoints, newest
 from nexus_ray.training.watching.log import RunLog, open_log
 
@@ -195,12 +195,12 @@ class _Loop:
         """One optimiser step; returns what to record, or None when it was skipped."""
         task, section = self.task, self.settings.optimiser
         record = task.accumulate(step)
-        norm = float(nn.utils.clip_grad_norm_(task.parameters.values(), section.clip_norm))
+        rates = set_learning_rates(task.optimiser, step, self.settings.steps, section)
+        norm = float(nn.utils.clip_grad_norm_(learning_parameters(task.optimiser), section.clip_norm))
         if not (math.isfinite(norm) and math.isfinite(record["loss"])):
             self._not_finite(step, norm, record["loss"])
             return None
         self.progress.skipped = 0
-        rates = set_learning_rates(task.optimiser, step, self.settings.steps, section)
         if rates.get("router_bias_learning_rate") == 0.0 and not self.progress.biases_frozen:
             self.progress.biases_frozen = True
             self.say_of(step, "bias_frozen")

@@ -93,6 +93,12 @@ def set_learning_rates(
     return logged
 
 
+def learning_parameters(optimiser: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that learn in the step whose learning rates are set: all but router biases that are frozen."""
+    groups = [group for group in optimiser.param_groups if group["kind"] != "router_biases" or group["lr"]]
+    return [parameter for group in groups for parameter in group["params"]]
+
+
 def optimiser_tensors(optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The state of every parameter as plain tensors named `optimiser.{key}.{name}`; zeros before the first step."""
     return {

@@ -295,3 +295,18 @@ def test_every_step_says_how_fast_it_was_and_what_it_took(settings):
     assert 0.05 < record["memory_gib"] < 64
     assert record["clipped"] == (record["gradient_norm"] > made.optimiser.clip_norm)
     shutil.rmtree(made.layout.directory)
+
+
+def test_frozen_biases_do_not_count_in_the_gradient_norm(settings):
+    """With a clip norm this small every step is clipped, so a norm that counts more would shorten the others' steps."""
+    section = OptimiserSection(learning_rate=0.05, clip_norm=1e-3)
+    made = settings(optimiser=section, steps=2, validate_every=100)
+    task = Regression(section)
+    task.optimiser.param_groups[-1]["routers"] = ROUTERS.model_copy(update={"freeze_bias_at": 0.0})
+    run_steps(task, made)
+    expected = Regression(section)
+    expected.loss(0).backward()
+    kept = [expected.parameters[name].grad for name in ("layer.weight", "layer.bias")]
+    norm = torch.cat([gradient.flatten() for gradient in kept if gradient is not None]).norm()
+    found = next(record for record in read_metrics(made.layout.metrics) if record["event"] == "step")
+    assert found["gradient_norm"] == pytest.approx(float(norm))
