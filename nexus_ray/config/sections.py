@@ -100,7 +100,10 @@ class ResourcesSection(Section):
 
     workers: int = Field(2, ge=1, description="workers of a stage")
     min_workers: int | None = Field(
-        None, ge=1, description="a pool over text starts with as many and grows to `workers`; default: all at once"
+        None,
+        ge=1,
+        description="a pool over text starts with as many and grows to `workers`; training makes do with as many; "
+        "default: all at once",
     )
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and torch threads, of a worker")
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of a worker; 0 runs on CPU")

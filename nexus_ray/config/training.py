@@ -199,6 +199,12 @@ class TrainSection(Section):
     warnings: WarningsSection = WarningsSection()
 
     @model_validator(mode="after")
+    def _ends_with_a_loss(self) -> Self:
+        if not any(getattr(section, loss).final for section in self.sources.values() for loss in LOSSES):
+            raise ValueError("sources: all weights end at 0, but validation measures the objective of the end")
+        return self
+
+    @model_validator(mode="after")
     def _routers_have_losses(self) -> Self:
         for name, section in self.sources.items():
             for loss in ("load_balancing", "router_z"):

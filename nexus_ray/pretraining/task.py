@@ -20,8 +20,9 @@ from nexus_ray.pretraining.model import build_config, new_model
 from nexus_ray.targets.reading.reader import TargetSet
 from nexus_ray.training import trainer
 from nexus_ray.training.feeding.order import Sequences, SourceOrder, micro_batches, share
-from nexus_ray.training.loop import LoopSettings, run_steps
+from nexus_ray.training.loop import run_steps
 from nexus_ray.training.optimiser import build_optimiser
+from nexus_ray.training.settings import LoopSettings
 
 
 class PretrainModule(nn.Module):

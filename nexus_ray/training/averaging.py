@@ -7,7 +7,7 @@ weights, as in Lookahead (Zhang et al., 2019, arXiv:1907.08610): it damps steps 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,11 @@ class Averaging:
         return self._section.every is not None and (step + 1) % self._section.every == 0
 
     @torch.no_grad()
-    def merge(self) -> float:
+    def merge(self, names: Collection[str] | None = None) -> float:
         """Merge in place; the optimiser's moments stay. Called by every worker.
+
+        Args:
+            names: of the parameters to merge, by default all: what is frozen stays as it is.
 
         Returns:
             how far the weights moved (L2 norm).
@@ -53,7 +56,8 @@ class Averaging:
             ArtefactError: a worker cannot read the anchor; the weights are as they were on all of them.
         """
         anchor, moved = self._agreed_anchor(), 0.0
-        for name, parameter in self._parameters.items():
+        for name in self._parameters if names is None else names:
+            parameter = self._parameters[name]
             before = parameter.detach().clone()
             parameter.lerp_(anchor[name].to(parameter.device), self._section.alpha)
             moved += float((parameter - before).double().square().sum())

@@ -7,13 +7,16 @@ alone, in the same form. A checkpoint names the SHA-256 of its tensors, so a dam
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -73,9 +76,18 @@ def write_snapshot(directory: Path, snapshot: Snapshot) -> None:
         StorageError: the file system refused; what stood there stays.
     """
     with atomic_directory(directory) as temporary:
-        save_file(dict(snapshot.tensors), temporary / _TENSORS)
+        _save(dict(snapshot.tensors), temporary / _TENSORS)
         state = {**snapshot.state, "sha256": sha256_file(temporary / _TENSORS)}
         (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors; safetensors reports what the operating system says in an exception of its own."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(found[1]) if found else errno.EIO, str(error)) from error
 
 
 def read_state(directory: Path) -> dict[str, Any]:

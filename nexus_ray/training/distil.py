@@ -16,9 +16,10 @@ from nexus_ray.modeling.trained import is_trained
 from nexus_ray.targets.reading.reader import TargetSet
 from nexus_ray.training import trainer
 from nexus_ray.training.checkpointing import load_checkpoint
-from nexus_ray.training.loop import LoopSettings, run_steps
+from nexus_ray.training.loop import run_steps
 from nexus_ray.training.optimiser import check_optimiser
 from nexus_ray.training.readiness import check_targets, report_epochs
+from nexus_ray.training.settings import LoopSettings
 from nexus_ray.training.task import DistilTask
 from nexus_ray.training.watching.trackers import check_trackers
 

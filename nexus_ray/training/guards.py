@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
 
 from nexus_ray.config import EarlyStopSection
 
@@ -22,6 +23,7 @@ class Progress:
         best_step: finished steps when it was measured.
         without_gain: validations since then.
         ended: whether it has ended before its last step.
+        mark: validation loss that the next gain is measured from, in nats.
         biases_frozen: whether router biases have stopped learning.
         skipped: steps in a row whose gradients were not finite.
         recent: losses of the last steps, in nats.
@@ -34,9 +36,16 @@ class Progress:
     without_gain: int = 0
     ended: bool = False
     biases_frozen: bool = False
+    mark: float | None = None
     skipped: int = 0
     recent: list[float] = field(default_factory=list)
     lowest: float | None = None
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Self:
+        """From what `as_state` gave, in this version or another."""
+        names = {known.name for known in fields(cls)}
+        return cls(**{name: value for name, value in state.items() if name in names})
 
     def as_state(self) -> dict[str, Any]:
         """As JSON-serialisable values."""
@@ -54,8 +63,9 @@ class Progress:
     def is_best(self, loss: float, section: EarlyStopSection) -> bool:
         """Take note of a validation; true when it is the best so far. Ends the training when patience is over."""
         gained = math.isfinite(loss) and (self.best is None or loss < self.best)
-        enough = gained and (self.best is None or loss < self.best - section.min_gain)
+        enough = gained and (self.mark is None or loss < self.mark - section.min_gain)
         self.without_gain = 0 if enough else self.without_gain + 1
+        self.mark = loss if enough else self.mark
         if section.patience is not None and self.without_gain >= section.patience:
             self.ended = True
         if gained:

@@ -6,27 +6,24 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nexus_ray.config import AveragingSection, EarlyStopSection, OptimiserSection, TrackersSection, WarningsSection
 from nexus_ray.errors import ArtefactError, NexusError
-from nexus_ray.layout import RunLayout
 from nexus_ray.memory import used_bytes
-from nexus_ray.training import trainer
+from nexus_ray.training import trainer, trouble
 from nexus_ray.training.averaging import Averaging
 from nexus_ray.training.checkpointing import load_checkpoint, take_snapshot, write_snapshot
 from nexus_ray.training.guards import Progress
-from nexus_ray.training.optimiser import learning_parameters, set_learning_rates
-from nexus_ray.training.recovery import RecoveryPoints, newest
+from nexus_ray.training.optimiser import drop_frozen_gradients, is_frozen, set_learning_rates
+from nexus_ray.training.recovery import RecoveryPoints, newest, remove_leftovers
+from nexus_ray.training.settings import LoopSettings
 from nexus_ray.training.watching.log import RunLog, open_log
 
 logger = logging.getLogger(__name__)
-_MOST_SKIPPED = 10  # steps in a row without a finite gradient: more is no accident
 _GIB = 2**30
 
 
@@ -37,7 +34,11 @@ class Task(Protocol):
     optimiser: Optimizer
 
     def accumulate(self, step: int) -> dict[str, Any]:
-        """Backward passes of one global batch; returns what to record, with `loss` among it."""
+        """Backward passes of one global batch; returns what to record, with `loss` and `tokens` among it.
+
+        `watched`, where it is there, is what divergence is judged by instead: the part of the loss that means the same
+        at every step. It is not recorded.
+        """
         ...
 
     def validate(self) -> dict[str, Any]:
@@ -61,41 +62,6 @@ class Task(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class LoopSettings:
-    """How long, how often, and where to.
-
-    Attributes:
-        steps: optimiser steps of the whole training.
-        optimiser: learning rates and clipping.
-        validate_every: steps between validations.
-        checkpoint_every: steps between recovery checkpoints.
-        keep_checkpoints: recovery checkpoints kept.
-        layout: where checkpoints, best weights and metrics go.
-        averaging: merges with an anchor.
-        early_stop: ending before the last step.
-        on_nan: what to do with a loss or gradient that is not finite.
-        trackers: where metrics go too.
-        warnings: from where on to warn.
-        roles: of each source, for warnings.
-        parameters: the configuration by dotted name, for trackers.
-    """
-
-    steps: int
-    optimiser: OptimiserSection
-    validate_every: int
-    checkpoint_every: int
-    keep_checkpoints: int
-    layout: RunLayout
-    averaging: AveragingSection = field(default_factory=AveragingSection)
-    early_stop: EarlyStopSection = field(default_factory=EarlyStopSection)
-    on_nan: Literal["stop", "skip"] = "stop"
-    trackers: TrackersSection = field(default_factory=TrackersSection)
-    warnings: WarningsSection = field(default_factory=WarningsSection)
-    roles: Mapping[str, str] = field(default_factory=dict)
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-
 def run_steps(task: Task, settings: LoopSettings) -> None:
     """Train from the last recovery checkpoint to the last step. Called by every worker.
 
@@ -106,6 +72,10 @@ def run_steps(task: Task, settings: LoopSettings) -> None:
     loop = _Loop(task, settings)
     try:
         loop.run()
+    except NexusError as error:
+        loop.say("stopped", reason=error.message)
+        loop.close(failed=True)
+        raise
     except BaseException:
         loop.close(failed=True)
         raise
@@ -123,6 +93,8 @@ class _Loop:
         self.is_first = trainer.world()[0] == 0
         self.points = RecoveryPoints(settings.layout.checkpoints, settings.keep_checkpoints) if self.is_first else None
         self.saved_for_leaving = False
+        if self.is_first:
+            remove_leftovers(settings.layout.directory)
         self._restore()
         self.log = self._open_log() if self.is_first else None
         if self.progress.step:
@@ -168,7 +140,7 @@ class _Loop:
         chosen = trainer.from_first_worker(str(found) if found else None)
         if chosen is not None:
             state = load_checkpoint(Path(chosen), self.task.parameters, self.task.optimiser, self.averaging.kept)
-            self.progress = Progress(**state)
+            self.progress = Progress.of_state(state)
 
     def _step(self, step: int) -> None:
         started = time.monotonic()
@@ -179,14 +151,18 @@ class _Loop:
         record = self._optimise(step, started)
         self.progress.step = step + 1
         if record is not None:
+            watched = record.pop("watched", record["loss"])
             self.say("step", **record)
-            self._stop_if_diverging(step, record["loss"])
+            if self.progress.is_diverging(watched):
+                raise trouble.diverging(step, watched, self.settings, self.progress)
         if self.averaging.is_due(step):
             self._merge()
         last = step + 1 == self.settings.steps
         if last or (step + 1) % self.settings.validate_every == 0:
             self._validate()
-        if last or self.progress.ended or (step + 1) % self.settings.checkpoint_every == 0:
+        # Weights that give no finite gradient may be broken: they must not take the place of good ones.
+        due = (step + 1) % self.settings.checkpoint_every == 0 and not self.progress.skipped
+        if last or self.progress.ended or due:
             self._checkpoint()
         elif self.points is not None:
             self._written(self.points.finished())
@@ -196,7 +172,8 @@ class _Loop:
         task, section = self.task, self.settings.optimiser
         record = task.accumulate(step)
         rates = set_learning_rates(task.optimiser, step, self.settings.steps, section)
-        norm = float(nn.utils.clip_grad_norm_(learning_parameters(task.optimiser), section.clip_norm))
+        drop_frozen_gradients(task.optimiser)
+        norm = float(nn.utils.clip_grad_norm_(task.parameters.values(), section.clip_norm))
         if not (math.isfinite(norm) and math.isfinite(record["loss"])):
             self._not_finite(step, norm, record["loss"])
             return None
@@ -224,47 +201,26 @@ class _Loop:
         """
         self.task.optimiser.zero_grad()
         names = self.task.not_finite(step)
-        where = f"sequences {', '.join(names)}" if names else "no single sequence: the sum of their gradients"
-        what = f"step {step}: the loss is {loss} and the gradient norm {norm}; it comes from {where}"
+        what = trouble.not_finite(step, norm, loss, names)
         self.progress.skipped += 1
-        if self.settings.on_nan == "stop":
-            raise NexusError(
-                f"{what}; nothing was updated",
-                "look at these sequences; train.on_nan=skip passes over such steps; or lower "
-                f"train.optimiser.learning_rate (now {self.settings.optimiser.learning_rate:g}). {self._last_good()}",
-            )
-        if self.progress.skipped >= _MOST_SKIPPED:
-            raise NexusError(
-                f"{what}, as in the {_MOST_SKIPPED - 1} steps before it",
-                f"lower train.optimiser.learning_rate (now {self.settings.optimiser.learning_rate:g}) and start over "
-                f"with --force. {self._last_good()}",
-            )
+        trouble.raise_if_not_to_be_skipped(what, self.settings, self.progress)
         logger.warning("%s; the step was skipped", what)
         self.say_of(step, "skipped", sequences=names)
-
-    def _stop_if_diverging(self, step: int, loss: float) -> None:
-        if self.progress.is_diverging(loss):
-            raise NexusError(
-                f"step {step}: the training diverges: the loss of the last steps is around {loss:.2f} nats, "
-                f"it was {self.progress.lowest:.2f}",
-                f"lower train.optimiser.learning_rate (now {self.settings.optimiser.learning_rate:g}) and start over "
-                f"with --force. {self._last_good()}",
-            )
-
-    def _last_good(self) -> str:
-        if self.progress.best is None:
-            return "There is no validated checkpoint yet"
-        return f"The best weights so far, after {self.progress.best_step} steps, are in {self.settings.layout.best}"
 
     def _merge(self) -> None:
         """Draw the weights to the anchor; without one the training goes on as it is."""
         try:
-            moved = self.averaging.merge()
+            moved = self.averaging.merge(self._learning())
         except ArtefactError as error:
             logger.warning("no merge after step %d: %s", self.progress.step, error.message)
             self.say("merge_skipped", reason=error.message)
         else:
             self.say("merge", moved=moved, anchor=self.settings.averaging.anchor)
+
+    def _learning(self) -> list[str]:
+        """Names of the parameters that are not frozen by now."""
+        frozen = {id(p) for group in self.task.optimiser.param_groups if is_frozen(group) for p in group["params"]}
+        return [name for name, parameter in self.task.parameters.items() if id(parameter) not in frozen]
 
     def _validate(self) -> None:
         """Validate, and keep the weights when they are the best so far."""
@@ -284,10 +240,9 @@ class _Loop:
         """Copy everything and write it in the background."""
         if self.points is None:
             return
-        snapshot = take_snapshot(
-            self.task.parameters, self.progress.as_state(), self.task.optimiser, self.averaging.kept
-        )
-        self._written(self.points.write(snapshot))
+        self._written(self.points.finished(wait=True))  # one copy of everything at a time
+        state = self.progress.as_state()
+        self.points.write(take_snapshot(self.task.parameters, state, self.task.optimiser, self.averaging.kept))
         if wait:
             self._written(self.points.finished(wait=True))
 

@@ -93,10 +93,17 @@ def set_learning_rates(
     return logged
 
 
-def learning_parameters(optimiser: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """The parameters that learn in the step whose learning rates are set: all but router biases that are frozen."""
-    groups = [group for group in optimiser.param_groups if group["kind"] != "router_biases" or group["lr"]]
-    return [parameter for group in groups for parameter in group["params"]]
+def is_frozen(group: Mapping[str, Any]) -> bool:
+    """Whether a group stays as it is in the step whose learning rates are set: router biases from their freeze on."""
+    return bool(group["kind"] == "router_biases" and not group["lr"])
+
+
+def drop_frozen_gradients(optimiser: torch.optim.Optimizer) -> None:
+    """Forget gradients of what is frozen: they count in no norm, and the optimiser passes over them."""
+    for group in optimiser.param_groups:
+        if is_frozen(group):
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

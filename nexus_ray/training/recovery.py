@@ -30,18 +30,12 @@ class RecoveryPoints:
         self.keep = keep
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[int] | None = None
-        for leftover in directory.glob(".step-*.partial"):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_leftovers(directory)
 
-    def write(self, snapshot: Snapshot) -> list[int]:
-        """Write a snapshot in the background, after the one before it; returns the steps of finished ones.
-
-        Raises:
-            StorageError: the one before it could not be written; older checkpoints are as they were.
-        """
-        finished = self.finished(wait=True)
+    def write(self, snapshot: Snapshot) -> None:
+        """Write a snapshot in the background; call `finished(wait=True)` before it is taken, so that there is one."""
+        assert self._writing is None
         self._writing = self._writer.submit(self._write, snapshot)
-        return finished
 
     def finished(self, *, wait: bool = False) -> list[int]:
         """Steps of the checkpoints that were written since the last call.
@@ -61,9 +55,19 @@ class RecoveryPoints:
     def _write(self, snapshot: Snapshot) -> int:
         step = int(snapshot.state["step"])
         write_snapshot(self.directory / f"step-{step:08d}", snapshot)
-        for _, old in list(_newest_first(self.directory))[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+        found = list(_newest_first(self.directory))
+        later = [path for number, path in found if number > step]  # damaged ones, or they would have been continued
+        older = [path for number, path in found if number <= step][self.keep :]
+        for path in later + older:
+            shutil.rmtree(path, ignore_errors=True)
         return step
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a killed process left of checkpoints it was writing in a directory."""
+    for leftover in directory.glob(".*.partial"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def newest(directory: Path) -> Path | None:

@@ -33,6 +33,7 @@ from nexus_ray.training.losses.objective import (
     loss_of,
     objective_at,
     shares,
+    steady_terms,
 )
 from nexus_ray.training.optimiser import build_optimiser
 from nexus_ray.training.watching.samples import continue_text
@@ -66,8 +67,10 @@ class DistilTask:
         for parts, is_last in self.feed.step(step):
             with trainer.synchronise_if(self.parallel, is_last):
                 self._backward(parts, objective, counts, sums)
+        record = sums.record()
         return {
-            **sums.record(),
+            **record,
+            "watched": sum(record["sources"][name][term] for name in batch for term in steady_terms(self.train, name)),
             "tokens": sum(self.feed.num_targets(batch).values()),
             "output_temperature": objective.output_temperature,
             "router_temperature": objective.router_temperature,

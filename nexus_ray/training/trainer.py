@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,7 +89,8 @@ def _guarded(loop: Callable[[dict[str, Any]], None], error_file: Path) -> Callab
         try:
             loop(arguments)
         except NexusError as error:
-            write_json(error_file, error_to_record(error))
+            with suppress(NexusError):  # on a full disk this one is the second to be told
+                write_json(error_file, error_to_record(error))
             raise
 
     return run
@@ -126,12 +127,15 @@ def data_parallel(module: nn.Module) -> nn.Module:
     """Wrap in DDP when there is more than one worker.
 
     Every worker loads the same files, so nothing is broadcast at the start: a frozen base need not cross the
-    network.
+    network. Looking for unused parameters keeps DDP from rearranging its buckets after the first step: a sum over three
+    or more workers would then be rounded differently in the first step after a restart.
     """
     _, size = world()
     if size == 1:
         return module
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, init_sync=False)
+    return nn.parallel.DistributedDataParallel(
+        module, broadcast_buffers=False, init_sync=False, find_unused_parameters=True
+    )
 
 
 def synchronise_if(module: nn.Module, last: bool) -> AbstractContextManager[None]:

@@ -1,7 +1,7 @@
 """Training that is killed in any way ends with the same bytes as training that is not, on any number of workers.
 
-The run has all that must be continued: a warm-up, merges with an anchor, a router bias that freezes, 2 workers with
-accumulation.
+The run has all that must be continued: a warm-up, merges with an anchor, a router bias that freezes, accumulation,
+and three workers: sums of two numbers do not depend on their order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nexus_ray.training.watching.metrics import read_metrics
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 STEPS, INTERRUPTED = 60, 130
 SETTINGS: dict[str, object] = {
-    "resources.workers": 2,
+    "resources.workers": 3,
     "train.steps": STEPS,
     "train.checkpoint_every": 7,
     "train.validate_every": 20,
@@ -178,7 +178,7 @@ def test_a_driver_killed_and_one_told_to_stop_continue_and_end_with_the_same_ove
     assert losses(layout) == losses(whole)
 
 
-def test_one_worker_and_two_agree(make_run, whole):
+def test_one_worker_and_three_agree(make_run, whole):
     alone = trained(make_run("alone", **{"resources.workers": 1, "train.micro_batch_sequences": 8}))
     for found, expected in zip(losses(alone)[:20], losses(whole)[:20], strict=True):
         assert found == pytest.approx(expected, abs=1e-5)

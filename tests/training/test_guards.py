@@ -38,7 +38,7 @@ def test_the_watch_continues_across_a_checkpoint():
     progress = Progress()
     alarms = []
     for loss in losses:
-        progress = Progress(**json.loads(json.dumps(progress.as_state())))
+        progress = Progress.of_state(json.loads(json.dumps(progress.as_state())))
         alarms.append(progress.is_diverging(loss))
     assert alarms.index(True) == first_alarm(losses)
 
@@ -72,3 +72,13 @@ def test_a_gain_smaller_than_asked_for_is_kept_but_does_not_count():
     best, progress = validate([3.0, 2.99, 2.98, 2.97], patience=2, min_gain=0.1)
     assert best == [True, True, True]
     assert progress.ended
+
+
+def test_small_gains_add_up():
+    best, progress = validate([3.0, 2.94, 2.88, 2.82, 2.76], patience=2, min_gain=0.1)
+    assert best == [True] * 5
+    assert not progress.ended
+
+
+def test_what_another_version_remembered_besides_is_passed_over():
+    assert Progress.of_state({"step": 7, "best": 1.5, "mood": "good"}) == Progress(step=7, best=1.5)

@@ -18,9 +18,10 @@ from nexus_ray.errors import ArtefactError, NexusError, StorageError
 from nexus_ray.layout import RunLayout
 from nexus_ray.training import checkpointing, trainer
 from nexus_ray.training.checkpointing import load_checkpoint
-from nexus_ray.training.loop import LoopSettings, run_steps
+from nexus_ray.training.loop import run_steps
 from nexus_ray.training.optimiser import build_optimiser
 from nexus_ray.training.recovery import newest
+from nexus_ray.training.settings import LoopSettings
 from nexus_ray.training.watching.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -161,11 +162,13 @@ def test_merges_and_the_bias_freeze_are_recorded_at_their_steps(settings):
     assert [rate for rate in rates if rate is not None][6:] == [0.0] * 6
 
 
-def test_frozen_biases_keep_their_bits(settings):
-    at_the_freeze = train(settings("a", checkpoint_every=1), stop_before=6)
-    assert_bias = at_the_freeze.parameters["routers.0.bias"].detach().clone()
-    end = train(settings("a", checkpoint_every=1))
-    assert torch.equal(end.parameters["routers.0.bias"], assert_bias)
+@pytest.mark.parametrize("anchor", AVERAGING)
+def test_frozen_biases_keep_their_bits(settings, anchor):
+    made = settings(anchor, checkpoint_every=1, averaging=AVERAGING[anchor])
+    at_the_freeze = train(made, stop_before=6)
+    biases = at_the_freeze.parameters["routers.0.bias"].detach().clone()
+    end = train(made)
+    assert torch.equal(end.parameters["routers.0.bias"], biases)
     assert not torch.equal(end.parameters["layer.bias"], at_the_freeze.parameters["layer.bias"])
 
 
@@ -192,6 +195,9 @@ def test_a_loss_that_is_no_number_stops_the_training_and_names_the_sequences(set
     last = newest(made.layout.checkpoints)
     assert last is not None
     assert last.name == "step-00000006"
+    stopped = read_metrics(made.layout.metrics)[-1]
+    assert stopped["event"] == "stopped"
+    assert "play 7" in stopped["reason"]
 
 
 def test_such_a_step_can_be_skipped(settings):
@@ -202,6 +208,14 @@ def test_such_a_step_can_be_skipped(settings):
     assert [(record["step"], record["sequences"]) for record in skipped] == [(7, ["play 7"])]
     steps = [record["step"] for record in read_metrics(made.layout.metrics) if record["event"] == "step"]
     assert steps == [step for step in range(STEPS) if step != 7]
+
+
+def test_checkpoints_of_steps_without_a_gradient_take_no_place(settings):
+    """The weights may be what is broken: the good checkpoints before must not be rotated away."""
+    made = settings(on_nan="skip", checkpoint_every=1)
+    with pytest.raises(NexusError, match="in the 9 steps before it"):
+        train(made, bad=dict.fromkeys(range(2, STEPS), math.nan))
+    assert sorted(path.name for path in made.layout.checkpoints.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_too_many_skipped_steps_in_a_row_stop_it_all_the_same(settings):
@@ -217,6 +231,20 @@ def test_a_diverging_loss_is_stopped_and_the_last_good_weights_are_named(setting
         train(made, bad=rising)
     assert str(made.layout.best) in str(caught.value)
     assert "learning_rate" in str(caught.value)
+
+
+def test_divergence_is_judged_by_what_means_the_same_at_every_step(settings):
+    """A loss that rises because its weight does is no divergence."""
+
+    class Scheduled(Regression):
+        def accumulate(self, step: int) -> dict[str, Any]:
+            return super().accumulate(step) | {"watched": 1.0}
+
+    made = settings(steps=60)
+    task = Scheduled(made.optimiser)
+    task.bad = {step: 1.0 + max(0, step - 25) for step in range(60)}
+    run_steps(task, made)
+    assert "watched" not in read_metrics(made.layout.metrics)[0]
 
 
 def test_it_ends_early_when_nothing_is_gained(settings):

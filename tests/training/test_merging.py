@@ -109,3 +109,12 @@ def test_an_anchor_that_another_worker_lacks_is_used_by_none(monkeypatch):
     with pytest.raises(ArtefactError, match="1 other workers"):
         merging.merge()
     assert torch.equal(parameters["a"], torch.full((3,), 3.0))
+
+
+def test_what_is_frozen_is_not_merged():
+    parameters = weights(1.0)
+    merging = averaging_of(parameters, "initial")
+    drift(parameters, 4.0)
+    merging.merge(["a"])
+    torch.testing.assert_close(parameters["a"].detach(), torch.full((3,), 4.0))
+    assert torch.equal(parameters["b"], torch.full((2, 2), 3.0))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import resource
+import signal
 import threading
 from pathlib import Path
 
@@ -30,7 +32,7 @@ def written(directory: Path, *steps: int, keep: int = 2) -> RecoveryPoints:
     points = RecoveryPoints(directory, keep)
     for step in steps:
         points.write(snapshot_after(step))
-    points.finished(wait=True)
+        points.finished(wait=True)
     return points
 
 
@@ -69,7 +71,7 @@ def test_training_goes_on_while_one_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpointing, "save_file", slow)
     points = RecoveryPoints(tmp_path, 2)
-    assert points.write(snapshot_after(4)) == []
+    points.write(snapshot_after(4))
     assert points.finished() == []
     assert newest(tmp_path) is None
     may_end.set()
@@ -80,7 +82,8 @@ def test_training_goes_on_while_one_is_written(tmp_path, monkeypatch):
 def test_each_is_announced_once_when_it_is_there(tmp_path):
     points = RecoveryPoints(tmp_path, 2)
     points.write(snapshot_after(4))
-    assert points.write(snapshot_after(8)) == [4]
+    assert points.finished(wait=True) == [4]
+    points.write(snapshot_after(8))
     assert points.finished(wait=True) == [8]
     assert points.finished(wait=True) == []
 
@@ -110,17 +113,18 @@ def test_what_a_killed_writer_left_is_removed_and_never_read(tmp_path):
     assert names(tmp_path) == ["step-00000004"]
 
 
-def test_a_full_disk_is_told_at_the_next_opportunity_and_older_ones_stay(tmp_path, monkeypatch):
+def test_a_write_that_the_system_refuses_is_told_at_the_next_opportunity_and_older_ones_stay(tmp_path):
+    """The limit on file sizes is the system's own refusal in the middle of a file, as a full disk is."""
     points = written(tmp_path, 4)
-
-    def full(tensors, path):
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpointing, "save_file", full)
-    points.write(snapshot_after(8))
-    with pytest.raises(StorageError, match="disk is full"):
-        points.finished(wait=True)
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        points.write(snapshot_after(8, nn.Linear(100, 100)))
+        with pytest.raises(StorageError, match=r"cannot write .*step-00000008"):
+            points.finished(wait=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
     assert names(tmp_path) == ["step-00000004"]
     assert newest(tmp_path) == tmp_path / "step-00000004"
 
@@ -136,3 +140,11 @@ def test_older_ones_go_only_after_the_new_one_stands(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Input"):
         points.finished(wait=True)
     assert names(tmp_path) == ["step-00000004"]
+
+
+def test_a_damaged_newer_one_does_not_cost_those_written_after_it(tmp_path):
+    written(tmp_path, 80, keep=1)
+    (tmp_path / "step-00000080" / "state.json").write_text("{")
+    assert newest(tmp_path) is None
+    written(tmp_path, 20, 40, keep=1)
+    assert names(tmp_path) == ["step-00000040"]

@@ -95,6 +95,18 @@ def terms_of(section: TrainSourceSection) -> tuple[str, ...]:
     return tuple(term for term in TERMS if getattr(section, term))
 
 
+def steady_terms(train: TrainSection, source: str) -> tuple[str, ...]:
+    """The terms of a source whose weight and temperature never change, so that steps can be compared by them."""
+    section = train.sources[source]
+    temperatures = {"output_kl": train.output_temperature, ROUTER_KL: train.router_temperature}
+    return tuple(
+        term
+        for term in terms_of(section)
+        if getattr(section, term).constant is not None
+        and (term not in temperatures or temperatures[term].constant is not None)
+    )
+
+
 def term_counts(
     weights: Mapping[str, Mapping[str, float]],
     targets: Mapping[str, int],
