@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -40,6 +42,13 @@ def ensure_ray() -> None:
     else:
         logger.info("starting Ray on this machine")
         ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **quiet)
+    _stop_as_on_ctrl_c()
+
+
+def _stop_as_on_ctrl_c() -> None:
+    """Let SIGTERM, which stopped jobs get, do what Ctrl-C does; Ray would end the process at once."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 def actor_options(resources: ResourcesSection) -> dict[str, Any]:

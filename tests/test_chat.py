@@ -51,8 +51,8 @@ def answers(shown, who):
 def test_lines_of_a_pipe_are_answered_until_it_ends(talk, asked):
     shown, _ = talk("good morrow", "", "who art thou", end="")
     assert shown.count("student: ") == 2
-    assert len(answers(shown, "student")[0]) > 0
     assert [len(messages) for messages, _ in asked] == [1, 3]
+    assert "".join(asked[1][0][1]["content"].split()) in "".join(shown.split())
     assert asked[1][0][2] == {"role": "user", "content": "who art thou"}
 
 

@@ -47,6 +47,11 @@ def own_model(micro_model, tmp_path):
         ({"data.strict": True}, set()),
         ({"resources.workers": 4}, set()),
         ({"train.steps": 7}, {"train"}),
+        ({"train.on_nan": "skip", "train.micro_batch_sequences": 1, "train.gradient_checkpointing": True}, set()),
+        ({"train.checkpoint_every": 1, "train.keep_checkpoints": 9, "train.samples.prompts": ["To be"]}, set()),
+        ({"train.trackers.wandb.mode": "offline", "train.warnings.overlap": 0.5}, set()),
+        ({"train.early_stop.patience": 3}, {"train"}),
+        ({"train.averaging.every": 3}, {"train"}),
     ],
 )
 def test_a_setting_makes_stale_what_depends_on_it(override, stale, micro_config, tmp_path):

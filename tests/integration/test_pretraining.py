@@ -49,7 +49,8 @@ def test_learns_continues_and_exports(
     assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.1
     assert [record["step"] for record in records if record["event"] == "resume"] == [4]
-    assert all(record["samples"] for record in records if record["event"] == "validation")
+    samples = [(record["step"], record["prompt"]) for record in records if record["event"] == "sample"]
+    assert samples == [(record["step"], "thou art") for record in records if record["event"] == "validation"]
     _, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

@@ -267,3 +267,23 @@ def test_all_losses_together_are_the_same_step_in_micro_batches_of_any_size(make
     whole = step(make_task(Stored(base), **settings, **{"train.micro_batch_sequences": 64}))
     assert all(whole[0][loss] > 0 for loss in LOSSES)
     assert_same(step(make_task(Stored(base), **settings, **{"train.micro_batch_sequences": 2})), whole)
+
+
+@pytest.mark.parametrize("routers", ["none", "all"])
+def test_training_changes_no_bit_of_the_base(make_task, base, routers):
+    task = make_task(Stored(base), **{"train.mode": "online", "train.routers.train": routers})
+    model = task.student.model
+    before = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    trained = {name: parameter.detach().clone() for name, parameter in task.parameters.items()}
+    ids = torch.arange(24).view(1, -1)
+    with torch.no_grad(), task.student.base():
+        says = task.student.forward(ids, torch.ones_like(ids, dtype=torch.bool))
+    for number in range(3):
+        step(task, number)
+        task.optimiser.step()
+    assert all(not torch.equal(task.parameters[name], tensor) for name, tensor in trained.items())
+    now = dict([*model.named_parameters(), *model.named_buffers()])
+    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+    with torch.no_grad(), task.student.base():
+        after = task.student.forward(ids, torch.ones_like(ids, dtype=torch.bool))
+    assert all(torch.equal(*pair) for pair in zip(says, after, strict=True))
