@@ -161,6 +161,7 @@ def locked(run: Run) -> Iterator[None]:
 def _run_stage(run: Run, name: str) -> None:
     recipe = run.recipe(name)
     started = _started_path(run.layout, name)
+    BY_NAME[name].check(run)
     _prepare(run, name, recipe)
     _record_path(run.layout, name).unlink(missing_ok=True)  # of outputs that are about to change
     logger.info("%s: started", name)

@@ -31,6 +31,7 @@ class Stage:
         state: what it keeps for continuing; removed when the recipe has changed.
         reused: artefacts whose parts it takes up again, whatever the recipe; removed when it is told to start over.
         unfinished: what of its state is too dear to be removed because a setting has changed, in words; "" if nothing.
+        check: refuses what cannot be done, before anything is removed.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Stage:
     state: Callable[[RunLayout], tuple[Path, ...]] = lambda layout: ()
     reused: Callable[[RunLayout], tuple[Path, ...]] = lambda layout: ()
     unfinished: Callable[[RunLayout], str] = lambda layout: ""
+    check: Callable[[Run], None] = lambda run: None
 
 
 def _dump(section: Section, *drop: str) -> dict[str, Any]:
@@ -142,6 +144,12 @@ _WITHOUT_EFFECT = (
 )
 
 
+def _check_training(run: Run) -> None:
+    from nexus_ray.training.distil import check_training
+
+    check_training(run.config, run.layout)
+
+
 def _unfinished_training(layout: RunLayout) -> str:
     from nexus_ray.training.recovery import steps_reached
 
@@ -223,6 +231,7 @@ ALL = (
             layout.trackers,
         ),
         unfinished=_unfinished_training,
+        check=_check_training,
     ),
     Stage(
         "evaluate",

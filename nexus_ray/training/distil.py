@@ -26,21 +26,28 @@ from nexus_ray.training.watching.trackers import check_trackers
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, layout: RunLayout) -> OverlayConfig:
-    """Train the initial overlay of a run and write the best weights as its overlay.
+def check_training(config: Config, layout: RunLayout) -> None:
+    """Refuse what cannot be trained, before anything that an earlier training left is touched.
 
     Raises:
         ArtefactError: the initial overlay or the targets are missing or do not fit.
         ConfigError: fewer sequences in a step than workers, or a package that is not installed.
         DataError: a source has too few sequences.
-        NexusError: training failed.
     """
     description = load_overlay_config(layout.initial_overlay)
-    manifest = TargetSet.open(layout.targets).manifest
-    check_targets(manifest, config, description)
+    check_targets(TargetSet.open(layout.targets).manifest, config, description)
     check_optimiser(config.train.optimiser)
     check_trackers(config.train.trackers)
-    report_epochs(manifest, config)
+
+
+def train(config: Config, layout: RunLayout) -> OverlayConfig:
+    """Train the initial overlay of a run and write the best weights as its overlay.
+
+    Raises:
+        NexusError: training failed, or as `check_training`.
+    """
+    check_training(config, layout)
+    report_epochs(TargetSet.open(layout.targets).manifest, config)
     arguments = {"config": config.model_dump(mode="json")}
     trainer.run_distributed(
         _loop, arguments, layout.training, config.resources, metrics=layout.metrics, steps=config.train.steps

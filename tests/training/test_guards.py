@@ -82,3 +82,9 @@ def test_small_gains_add_up():
 
 def test_what_another_version_remembered_besides_is_passed_over():
     assert Progress.of_state({"step": 7, "best": 1.5, "mood": "good"}) == Progress(step=7, best=1.5)
+
+
+def test_a_validation_that_is_no_number_is_never_the_best():
+    best, progress = validate([math.nan, 2.0])
+    assert best == [False, True]
+    assert progress.best == 2.0
