@@ -98,13 +98,11 @@ def run_pipeline(config: Config, first: str | None = None, last: str | None = No
     if "precompute" in names:
         check_targets(config)
     with locked(run):
-        if first:
-            forget(run, first)
         for name in names:
-            if run.is_complete(name):
+            if name != first and run.is_complete(name):
                 logger.info("%s: complete, skipped", name)
             else:
-                _run_stage(run, name)
+                _run_stage(run, name, afresh=name == first)
 
 
 def run_single_stage(config: Config, name: str, *, force: bool = False) -> None:
@@ -114,9 +112,7 @@ def run_single_stage(config: Config, name: str, *, force: bool = False) -> None:
         if not force and run.is_complete(name):
             logger.info("%s: complete, skipped (--force does it again)", name)
             return
-        if force:
-            forget(run, name)
-        _run_stage(run, name)
+        _run_stage(run, name, afresh=force)
 
 
 def forget(run: Run, name: str) -> None:
@@ -158,10 +154,12 @@ def locked(run: Run) -> Iterator[None]:
         ) from error
 
 
-def _run_stage(run: Run, name: str) -> None:
+def _run_stage(run: Run, name: str, *, afresh: bool) -> None:
     recipe = run.recipe(name)
     started = _started_path(run.layout, name)
     BY_NAME[name].check(run)
+    if afresh:
+        forget(run, name)
     _prepare(run, name, recipe)
     _record_path(run.layout, name).unlink(missing_ok=True)  # of outputs that are about to change
     logger.info("%s: started", name)

@@ -34,6 +34,12 @@ def _hashes(directory: Path) -> dict[str, str]:
     return {file.name: sha256_file(file) for file in sorted(directory.iterdir())}
 
 
+def _outputs(config: Config) -> dict[str, str]:
+    """Hashes of all that a run has made, by path."""
+    files = sorted(file for file in config.run.directory.rglob("*") if file.is_file())
+    return {str(file): sha256_file(file) for file in files if file.name not in ("config.yaml", ".lock")}
+
+
 def test_report_holds_both_models_on_every_source(finished: Config) -> None:
     report = json.loads(RunLayout(finished.run.directory).report.read_text())
     for source in ("play", "prose"):
@@ -87,6 +93,18 @@ def test_truncated_artefact_is_not_complete(finished: Config) -> None:
         assert not Run(finished).is_complete("train")
     finally:
         overlay.write_bytes(whole)
+    assert Run(finished).is_complete("train")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_refused_training_costs_nothing_that_stands(finished: Config, force: bool) -> None:
+    """More workers than sequences in a step: refused before the finished training's files are touched."""
+    before = _outputs(finished)
+    train = finished.train.model_copy(update={"steps": 2 * finished.train.steps})
+    workers = finished.resources.model_copy(update={"workers": 64})
+    with pytest.raises(NexusError, match="workers"):
+        run_single_stage(finished.model_copy(update={"train": train, "resources": workers}), "train", force=force)
+    assert before == _outputs(finished)
     assert Run(finished).is_complete("train")
 
 
