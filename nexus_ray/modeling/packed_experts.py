@@ -3,10 +3,10 @@
 `PackedExperts` takes the place of a GPT-OSS layer's `mlp.experts`. It keeps blocks and scales as the checkpoint
 stores them (its parameters have the file's names) and dequantises one expert at a time, in forward and again in
 backward; no dequantised weight outlives its use. The weights are frozen, so backward gives the gradients of the
-hidden states and of the routing weights only, and saves nothing but the layer's inputs; where gradient checkpointing
-runs the layer again right before its backward pass, also the first projections, which are then not computed a third
-time. Plain (unpacked) checkpoints go through the same computation. Legend: T tokens, k experts a token, E experts,
-H hidden, I intermediate.
+hidden states and of the routing weights only, saves nothing but the layer's inputs, and computes the rest again, one
+expert at a time. Where gradient checkpointing runs the layer again for its backward pass, the experts therefore compute
+nothing: their output is only added to what follows in the layer, so no gradient depends on its value. Plain (unpacked)
+checkpoints go through the same computation. Legend: T tokens, k experts a token, E experts, H hidden, I intermediate.
 """
 
 from __future__ import annotations
@@ -72,7 +72,6 @@ class PackedExperts(nn.Module):
         self.packed = packed
         self._recorder: list[ExpertNorms] | None = None
         hidden, inner = dimensions.hidden_size, dimensions.intermediate_size
-        self.projections = 2 * inner
         for name, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
             if packed:
                 groups = (self.num_experts, rows, columns // BLOCK)
@@ -95,12 +94,13 @@ class PackedExperts(nn.Module):
             routing_weights: [T, k] their weights.
 
         Returns:
-            [T, H] in the type of `hidden_states`.
+            [T, H] in the type of `hidden_states`; zeros where the layer runs again for its backward pass.
         """
         kind = hidden_states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
         routes = _Routes.of(router_indices, self.num_experts)
-        norms = torch.zeros_like(routing_weights, dtype=torch.float32) if self._recorder is not None else None
+        recorded = self._recorder is not None and not recomputing()
+        norms = torch.zeros_like(routing_weights, dtype=torch.float32) if recorded else None
         output = _FrozenExperts.apply(hidden_states.to(dtype), routing_weights.to(dtype), routes, self, norms)
         if self._recorder is not None and norms is not None:
             self._recorder.append(ExpertNorms(router_indices, norms))
@@ -176,18 +176,15 @@ class _FrozenExperts(torch.autograd.Function):
         norms: Tensor | None,
     ) -> Tensor:
         ctx.routes, ctx.experts = routes, experts
+        ctx.save_for_backward(hidden_states, routing_weights)
+        if recomputing():
+            return torch.zeros_like(hidden_states)
         dtype = hidden_states.dtype
         total = torch.zeros_like(hidden_states, dtype=_accumulator(dtype))
-        projections = _projections(hidden_states, routes, experts)
-        ctx.save_for_backward(hidden_states, routing_weights, projections)
-        kept = _by_expert(projections, routes)
         with torch.autocast(hidden_states.device.type, enabled=False):
             for expert, tokens, slots in routes.by_expert():
                 inputs = hidden_states.index_select(0, tokens)
-                gate_up = _linear(experts, "gate_up_proj", expert, inputs)
-                if kept is not None:
-                    kept[expert].copy_(gate_up)
-                inner = experts.activate(gate_up)
+                inner = experts.activate(_linear(experts, "gate_up_proj", expert, inputs))
                 outputs = _linear(experts, "down_proj", expert, inner)
                 weights = routing_weights[tokens, slots]
                 total.index_add_(0, tokens, (outputs * weights.unsqueeze(-1)).to(total.dtype))
@@ -197,8 +194,7 @@ class _FrozenExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden_states, routing_weights, projections = ctx.saved_tensors
-        kept = _by_expert(projections, ctx.routes)
+        hidden_states, routing_weights = ctx.saved_tensors
         experts: PackedExperts = ctx.experts
         dtype = hidden_states.dtype
         output_gradient = gradients[0].to(dtype)
@@ -208,11 +204,8 @@ class _FrozenExperts(torch.autograd.Function):
             for expert, tokens, slots in ctx.routes.by_expert():
                 gradient = output_gradient.index_select(0, tokens)
                 gate_up_weight = experts.matrix("gate_up_proj", expert, dtype)
-                if kept is not None:
-                    gate_up = kept[expert]
-                else:
-                    inputs = hidden_states.index_select(0, tokens)
-                    gate_up = torch.addmm(experts.bias("gate_up_proj", expert, dtype), inputs, gate_up_weight.T)
+                inputs = hidden_states.index_select(0, tokens)
+                gate_up = torch.addmm(experts.bias("gate_up_proj", expert, dtype), inputs, gate_up_weight.T)
                 inner_gradient = gradient @ experts.matrix("down_proj", expert, dtype)  # of an unweighted one
                 inner, gate_up_gradient = _activation_gradient(
                     experts, gate_up, inner_gradient * routing_weights[tokens, slots].unsqueeze(-1)
@@ -222,20 +215,6 @@ class _FrozenExperts(torch.autograd.Function):
                 weights_gradient[tokens, slots] = along.to(dtype)
                 inputs_gradient.index_add_(0, tokens, (gate_up_gradient @ gate_up_weight).to(inputs_gradient.dtype))
         return inputs_gradient.to(dtype), weights_gradient, None, None, None
-
-
-def _projections(hidden_states: Tensor, routes: _Routes, experts: PackedExperts) -> Tensor:
-    """[T * k, 2I] memory for gate and up projections when a layer is run again, else one number that looks like it.
-
-    Checkpointing wants what both runs save to look alike, and gives backward what the second one saved.
-    """
-    shape = (len(routes.order), experts.projections)
-    return hidden_states.new_empty(shape) if recomputing() else hidden_states.new_empty(()).expand(shape)
-
-
-def _by_expert(projections: Tensor, routes: _Routes) -> tuple[Tensor, ...] | None:
-    """[tokens of an expert, 2I] for each expert; None when there is no memory behind it."""
-    return None if projections.stride(-1) == 0 else projections.split(routes.counts)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -143,12 +143,6 @@ def layer_saved(sizes: ModelSizes, work: Workload) -> int:
     )
 
 
-def layer_recomputed(sizes: ModelSizes, work: Workload) -> int:
-    """What a checkpointed layer holds when it has run again: packed experts keep their first projections then."""
-    projections = work.tokens * sizes.dimensions.experts_per_token * 2 * sizes.dimensions.intermediate_size
-    return layer_saved(sizes, work) + (projections * work.itemsize if work.experts == "packed" else 0)
-
-
 def _layer_input(sizes: ModelSizes, work: Workload) -> int:
     """What a checkpointed layer keeps; packed experts keep the order of tokens by expert too."""
     order = sizes.dimensions.experts_per_token * _INDEX if work.experts == "packed" else 0

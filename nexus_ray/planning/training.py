@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import ceil
 
-from nexus_ray.planning.activations import layer_recomputed, layer_working, saved_for_backward
+from nexus_ray.planning.activations import layer_saved, layer_working, saved_for_backward
 from nexus_ray.planning.losses import loss_buffers, micro_batches
 from nexus_ray.planning.needs import Part, Phase, StageNeeds, phase
 from nexus_ray.planning.optimiser import update_bytes
@@ -47,7 +47,7 @@ def _micro_batch_phases(
     forward, backward = working, working
     if work.checkpointed:
         forward = replace(working, size=running + worker.stream(sequences))
-        backward = replace(working, size=running + layer_recomputed(worker.sizes, work), note="computed again")
+        backward = replace(working, size=running + layer_saved(worker.sizes, work), note="computed again")
     kept, *losses = _losses(worker, batch)
     return [
         phase("forward", *always, *earlier, activations, kept, forward),
