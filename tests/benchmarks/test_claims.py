@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +33,21 @@ def test_packed_experts_agree_with_stock_ones_at_true_size() -> None:
     for kind in ("forward", "forward_backward"):
         for name in ("eager", "grouped_mm"):
             assert result["by_tokens"]["8"][kind][name]["cosine_with_packed"] > 0.9999
+
+
+def test_the_headline_against_peft_takes_its_best_settings_without_our_loss(script: Callable[[str], Any]) -> None:
+    def record(seconds: float, peak: float) -> dict[str, float]:
+        return {"seconds": seconds, "peak_bytes": peak}
+
+    found = script("training_vs_peft").ratios(
+        {
+            "shared_expert": record(2, 10),
+            "attention-eager-transformers": record(3, 40),
+            "experts-grouped_mm-transformers": record(4, 25),
+            "attention-eager-fused": record(1, 20),
+        }
+    )
+    assert (found["memory_ratio"], found["throughput_ratio"]) == (10 / 25, 3 / 2)
+    assert found["against"]["attention"] == {"memory_ratio": 10 / 40, "throughput_ratio": 3 / 2}
+    assert found["against"]["experts"] == {"memory_ratio": 10 / 25, "throughput_ratio": 4 / 2}
+    assert found["against"]["with_our_loss"] == {"memory_ratio": 10 / 20, "throughput_ratio": 1 / 2}
