@@ -222,7 +222,7 @@ def _methods() -> Sequence[Method]:
         Method(
             "shared", "shared expert (`top1_zero`, gate)", "shared", everywhere, 1e-2, {"initialisation": "top1_zero"}
         ),
-        Method("lora-experts", "LoRA on all experts (PEFT, r = 7)", "experts", ("budget",), 1e-2, {"rank": 7}),
+        Method("lora-experts", "LoRA on all experts (PEFT, r = 7)", "experts", ("budget", "usual"), 1e-2, {"rank": 7}),
         Method("sieve", "MoE-Sieve (r = 29)", "sieve", ("budget",), 1e-2, {"rank": 29}),
         Method("esft", "ESFT-style (one expert a layer)", "esft", ("budget",), 3e-3, {"gate_mass": 0.2}),
         Method("lora-attention", "LoRA on attention (PEFT, r = 87)", "attention", ("budget",), 1e-2, {"rank": 87}),
@@ -234,7 +234,6 @@ def _methods() -> Sequence[Method]:
         _start("shared-pca", "`pca_topK` (K = 8)", initialisation="pca_topK"),
         _start("shared-aligned", "`aligned_topK` (K = 8)", initialisation="aligned_topK"),
         _start("shared-lstsq", "`lstsq` (scale 0.1)", initialisation="lstsq", scale=0.1),
-        Method("lora-experts-8", "LoRA on all experts (PEFT, r = 8)", "experts", ("usual",), 1e-2, {"rank": 8}),
         Method("sieve-8", "MoE-Sieve (r = 8)", "sieve", ("usual",), 1e-2, {"rank": 8}),
         Method("esft-half", "ESFT-style (half of the gate mass)", "esft", ("usual",), 3e-3, {"gate_mass": 0.5}),
         Method("lora-attention-8", "LoRA on attention (PEFT, r = 8)", "attention", ("usual",), 1e-2, {"rank": 8}),
