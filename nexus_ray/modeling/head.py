@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 _FLOAT32 = 4
-# Float32 logits of a chunk. Large enough for a matrix product at full speed, small beside the layers' activations.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+# Float32 logits of a chunk: large enough for matrix products near full speed, small beside the layers' activations. On
+# two cores the product with gradients of 80 rows of GPT-OSS logits runs at 180 GFLOP/s, of 160 at 250, of 330 at 310.
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
 _LEAST_POSITIONS = 16
 
 
