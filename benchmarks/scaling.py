@@ -5,8 +5,10 @@ targets, the same global batch for any number of workers. Targets are made once;
 that run directory. Trainings with one and with two workers take turns. Seconds of each optimiser step are read from
 `metrics.jsonl`; the first steps, in which caches fill, are left out, and so are start-up, validation and checkpoints.
 A figure is the global batch's tokens over the median seconds of a training's steps; `two_worker_speedup` is the
-median of the rounds' ratios. Both need idle cores: with fewer than two the script refuses to start. The last line is
-one JSON object.
+median of the rounds' ratios. How much two cores of this machine can do at all is measured in the same rounds: two
+trainings with one worker each that know nothing of each other, at the same time, against one of them alone
+(`machine_speedup`); cores that share caches, memory and clock give less than 2. It needs idle cores: with fewer than
+two the script refuses to start. The last line is one JSON object.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --rounds 1 --steps 8 --warmup 3
@@ -21,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,19 @@ def train(arguments: argparse.Namespace, prepared: Path, directory: Path, worker
     }
 
 
+def trainings_apart(arguments: argparse.Namespace, prepared: Path, directory: Path) -> float:
+    """Tokens/s of two trainings together that run at the same time, with one worker each."""
+
+    def one(index: int) -> float:
+        speed: float = train(arguments, prepared, directory.with_name(f"{directory.name}-{index}"), 1)[
+            "tokens_per_second"
+        ]
+        return speed
+
+    with ThreadPoolExecutor(2) as pool:
+        return sum(pool.map(one, range(2)))
+
+
 def tokens_per_step(config: Path) -> int:
     """Tokens of a global batch."""
     settings = load_config(config)
@@ -90,18 +106,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         prepared = Path(scratch) / "prepared"
         nexus_ray("run", str(arguments.config), "--until", "precompute", _QUICK_START, f"run.directory={prepared}")
         for index in range(arguments.rounds):
-            found = {
-                workers: train(arguments, prepared, Path(scratch) / f"{index}-{workers}", workers)
+            found: dict[str, Any] = {
+                str(workers): train(arguments, prepared, Path(scratch) / f"{index}-{workers}", workers)
                 for workers in _WORKERS
             }
-            rounds.append(found)
-            speeds = ", ".join(f"{workers}: {one['tokens_per_second']:,.0f}" for workers, one in found.items())
-            print(f"round {index}, tokens/s by workers: {speeds}", flush=True)
-    speedups = [found[2]["tokens_per_second"] / found[1]["tokens_per_second"] for found in rounds]
+            one, two = (found[str(workers)]["tokens_per_second"] for workers in _WORKERS)
+            apart = trainings_apart(arguments, prepared, Path(scratch) / f"{index}-apart")
+            rounds.append(found | {"apart": apart, "speedup": two / one, "machine_speedup": apart / one})
+            print(f"round {index}, tokens/s: {one:,.0f}, two workers {two:,.0f}, two apart {apart:,.0f}", flush=True)
     return {
         "benchmark": "scaling",
-        "two_worker_speedup": statistics.median(speedups),
-        "speedups": speedups,
+        "two_worker_speedup": statistics.median(found["speedup"] for found in rounds),
+        "machine_speedup": statistics.median(found["machine_speedup"] for found in rounds),
+        "share_of_machine": statistics.median(found["speedup"] / found["machine_speedup"] for found in rounds),
         "cores": cores,
         "tokens_per_step": tokens_per_step(arguments.config),
         "steps": arguments.steps - arguments.warmup,
