@@ -6,7 +6,7 @@ bfloat16: on the attention (`all-linear`), and on all routed experts (`target_pa
 GPT-OSS is the first in every layer and the second in every eighth, so its cost lies between the two. LoRA runs with
 transformers' eager and grouped experts. The headline ratios compare with whatever is best for a user of PEFT:
 `memory_ratio` with the smallest peak of any of these settings, `throughput_ratio` with the highest speed of any.
-`with_our_loss` lends PEFT this project's fused loss as well, which leaves packed weights as the only difference.
+`with_our_loss` lends PEFT this project's fused loss as well; what differs then is packed weights and what is trained.
 
 Base, batch, sequence length, threads, gradient checkpointing and types (bfloat16 compute, float32 trained weights) are
 the same. Each setting is a process of its own; a round runs all of them, and figures are medians over rounds. Memory
