@@ -41,12 +41,11 @@ def check_training(config: Config, layout: RunLayout) -> None:
 
 
 def train(config: Config, layout: RunLayout) -> OverlayConfig:
-    """Train the initial overlay of a run and write the best weights as its overlay.
+    """Train the initial overlay of a run, which `check_training` lets pass, and write the best weights as its overlay.
 
     Raises:
-        NexusError: training failed, or as `check_training`.
+        NexusError: training failed.
     """
-    check_training(config, layout)
     report_epochs(TargetSet.open(layout.targets).manifest, config)
     arguments = {"config": config.model_dump(mode="json")}
     trainer.run_distributed(
