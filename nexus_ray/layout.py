@@ -14,7 +14,7 @@ class RunLayout:
 
     @property
     def config(self) -> Path:
-        """The resolved configuration of the last command that ran here."""
+        """The resolved configuration of the last stage that ran here."""
         return self.directory / "config.yaml"
 
     @property

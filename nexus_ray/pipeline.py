@@ -3,7 +3,7 @@
 A stage's recipe is a digest of the configuration and the text it depends on and of the recipes of the stages
 before it. When a stage ends, a record with its recipe and the sizes of its outputs is written to `stages/`; the
 stage is complete while the record still fits. An interrupted stage continues when its recipe is unchanged and
-starts over when it is not.
+starts over when it is not, unless that would cost a training: nobody loses one unasked.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -31,6 +31,7 @@ from nexus_ray.stages import BY_NAME
 from nexus_ray.storage import digest, make_directory, read_json, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
+_LONGEST_SHOWN = 80  # characters of a setting's value in a message: lists of files are longer
 
 
 class Run:
@@ -73,7 +74,7 @@ class Run:
         record_path = _record_path(self.layout, name)
         if not record_path.exists():
             return False
-        record = read_json(record_path, what="stage record", hint=f"delete {record_path}")
+        record = _read(record_path)
         return bool(
             record.get("recipe") == self.recipe(name)
             and record.get("after") == self.records_before(name)
@@ -90,28 +91,43 @@ def run_pipeline(config: Config, first: str | None = None, last: str | None = No
     """Run all stages from `first` to `last`, skipping complete ones; a named `first` is done again.
 
     Raises:
-        ConfigError: there is no such stage, or `first` comes after `last`.
+        ConfigError: there is no such stage, or `first` comes after `last`; or a stage would replace, unasked, what is
+            dear and was made with other settings.
         NexusError: a stage failed.
     """
     names = _between(first, last)
     run = Run(config)
-    if "precompute" in names:
-        check_targets(config)
-    with locked(run):
+    with locked(run.layout):
+        if first is None:
+            _refuse_to_replace(run, names)
         for name in names:
-            if name != first and run.is_complete(name):
+            if name == first or not run.is_complete(name):
+                BY_NAME[name].ahead(config)
+        for name in names:
+            if name == first:
+                _run_stage(run, name, afresh=True, replaced=_of_other_settings(run, names))
+            elif run.is_complete(name):
                 logger.info("%s: complete, skipped", name)
             else:
-                _run_stage(run, name, afresh=name == first)
+                _run_stage(run, name)
 
 
 def run_single_stage(config: Config, name: str, *, force: bool = False) -> None:
-    """Run one stage, unless it is complete and `force` is not given."""
+    """Run one stage, unless it is complete and `force` is not given.
+
+    Raises:
+        ConfigError: it would replace, unasked, what is dear and was made with other settings, or what it would go on
+            from was made with other settings.
+        NexusError: it failed.
+    """
     run = Run(config)
-    with locked(run):
+    with locked(run.layout):
+        if not force:
+            _refuse_to_replace(run, [name])
         if not force and run.is_complete(name):
             logger.info("%s: complete, skipped (--force does it again)", name)
             return
+        BY_NAME[name].ahead(config)
         _run_stage(run, name, afresh=force)
 
 
@@ -123,52 +139,54 @@ def forget(run: Run, name: str) -> None:
     _remove(BY_NAME[name].reused(run.layout))
 
 
-def check_targets(config: Config) -> None:
-    """Refuse targets that the model cannot give, before the stages that come earlier take their time.
-
-    Raises:
-        ConfigError: a setting does not fit the model.
-        ModelError: the base model is missing or damaged.
-    """
-    from nexus_ray.targets.writing.job import job_of_run
-
-    job_of_run(config)
-
-
 @contextmanager
-def locked(run: Run) -> Iterator[None]:
+def locked(layout: RunLayout) -> Iterator[None]:
     """Hold the run directory: two commands must not work in it at the same time.
 
     Raises:
         NexusError: another process holds it.
     """
-    make_directory(run.layout.directory)
-    save_config(run.config, run.layout.config)
+    make_directory(layout.directory)
     try:
-        with FileLock(run.layout.directory / ".lock", timeout=0):
+        with FileLock(layout.directory / ".lock", timeout=0):
             yield
     except Timeout as error:
         raise NexusError(
-            f"another nexus-ray is working in {run.layout.directory}",
+            f"another nexus-ray is working in {layout.directory}",
             "wait for it to end, or choose another place with run.directory=PATH",
         ) from error
 
 
-def _run_stage(run: Run, name: str, *, afresh: bool) -> None:
-    recipe = run.recipe(name)
-    started = _started_path(run.layout, name)
-    BY_NAME[name].check(run)
+def _run_stage(run: Run, name: str, *, afresh: bool = False, replaced: Iterable[str] = ()) -> None:
+    """Do a stage.
+
+    Args:
+        run: the run.
+        name: of the stage.
+        afresh: whether it starts over, whatever it could continue.
+        replaced: stages whose results lose their records when this one begins: they are to be made with new settings.
+    """
+    stage, recipe = BY_NAME[name], run.recipe(name)
+    _refuse_stale(run, name)
+    stage.check(run)
+    save_config(run.config, run.layout.config)
     if afresh:
         forget(run, name)
-    _prepare(run, name, recipe)
+    for other in replaced:
+        _record_path(run.layout, other).unlink(missing_ok=True)
+        _started_path(run.layout, other).unlink(missing_ok=True)
+    started, how = _started_path(run.layout, name), _how(run, name)
+    if not (started.exists() and _read(started)["recipe"] == recipe):
+        _remove(stage.state(run.layout))
+        write_json(started, how)
     _record_path(run.layout, name).unlink(missing_ok=True)  # of outputs that are about to change
     logger.info("%s: started", name)
     begin = time.monotonic()
-    BY_NAME[name].run(run, recipe)
+    stage.run(run, recipe)
     seconds = round(time.monotonic() - begin, 2)
     record = {
         "stage": name,
-        "recipe": recipe,
+        **how,
         "after": run.records_before(name),
         "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "seconds": seconds,
@@ -179,37 +197,92 @@ def _run_stage(run: Run, name: str, *, afresh: bool) -> None:
     logger.info("%s: done in %.0f s", name, seconds)
 
 
-def _prepare(run: Run, name: str, recipe: str) -> None:
-    """Keep what an earlier attempt left when it was made the same way; else remove it.
+def _how(run: Run, name: str) -> dict[str, Any]:
+    """How the present configuration makes a stage, for its marker and its record."""
+    stage = BY_NAME[name]
+    return {
+        "recipe": run.recipe(name),
+        "settings": flatten_values(stage.sections(run)),
+        "before": {earlier: run.recipe(earlier) for earlier in stage.after},
+    }
+
+
+def _made(run: Run, name: str) -> dict[str, Any] | None:
+    """How what is there of a stage was made, unfinished or finished; None where nothing is."""
+    for path in (_started_path(run.layout, name), _record_path(run.layout, name)):
+        if path.exists():
+            return _read(path)
+    return None
+
+
+def _of_other_settings(run: Run, names: Iterable[str]) -> list[str]:
+    """Those of the stages of which something is there that was made with other settings."""
+    made = {name: _made(run, name) for name in names}
+    return [name for name, how in made.items() if how is not None and how["recipe"] != run.recipe(name)]
+
+
+def _first_of_other_settings(run: Run, name: str) -> str:
+    """The stage to begin with so that `name` and all before it are made with the present settings."""
+    return _of_other_settings(run, STAGES[: STAGES.index(name) + 1])[0]
+
+
+def _refuse_to_replace(run: Run, names: Sequence[str]) -> None:
+    """Keep what has taken long from being made again, in place, because a setting has changed.
 
     Raises:
-        ConfigError: it was made another way, and is too dear to be removed unasked.
+        ConfigError: it names the settings and how to ask for it.
     """
-    marker, stage = _started_path(run.layout, name), BY_NAME[name]
-    before = {earlier: run.recipe(earlier) for earlier in stage.after}
-    now = {"recipe": recipe, "settings": flatten_values(stage.sections(run)), "before": before}
-    if marker.exists():
-        then = read_json(marker, what="stage marker", hint=f"delete {marker}")
-        if then["recipe"] == recipe:
-            return
-        unfinished = stage.unfinished(run.layout)
-        if unfinished:
+    for name in _of_other_settings(run, names):
+        stage = BY_NAME[name]
+        is_unfinished = _started_path(run.layout, name).exists()
+        held = stage.unfinished(run.layout) if is_unfinished else stage.finished
+        if held:
             raise ConfigError(
-                f"{name}: {run.layout.directory} holds {unfinished}, made with other settings: "
-                + "; ".join(_differences(then, now)),
-                "put them back to continue, start over with --force, or choose another run.directory",
+                f"{name}: {run.layout.directory} holds {held}, made with other settings: "
+                + "; ".join(_differences(run, name)),
+                f"put them back{' to continue' if is_unfinished else ''}, choose another run.directory, or start over "
+                f"here, which removes it: `nexus-ray run CONFIG --from {_first_of_other_settings(run, name)}`",
             )
-    _remove(stage.state(run.layout))
-    write_json(marker, now)
 
 
-def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What two stage markers disagree about, by name."""
-    old, new = then.get("settings", {}), now["settings"]
-    changed = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
-    lines = [f"{name} was {_shown(old.get(name))} and is {_shown(new.get(name))}" for name in changed]
-    stages = [stage for stage, recipe in now["before"].items() if then.get("before", {}).get(stage) != recipe]
-    return lines + [f"{stage} was made with other settings or data" for stage in stages]
+def _refuse_stale(run: Run, name: str) -> None:
+    """Refuse to go on from what an earlier stage has made with other settings.
+
+    Raises:
+        ConfigError: it names the settings.
+    """
+    for earlier in BY_NAME[name].after:
+        path = _record_path(run.layout, earlier)
+        if path.exists() and _read(path)["recipe"] != run.recipe(earlier):
+            raise ConfigError(
+                f"{name} would go on from what {earlier} has made with other settings: "
+                + "; ".join(_differences(run, earlier)),
+                "put them back, or do both again: "
+                f"`nexus-ray run CONFIG --from {_first_of_other_settings(run, name)} --until {name}`",
+            )
+
+
+def _differences(run: Run, name: str) -> list[str]:
+    """What has changed since a stage was made, in it and in those before it, by name."""
+    made, now = _made(run, name), _how(run, name)
+    if made is None:
+        return [f"{name} is to be done again"]
+    lines = differing_settings(made.get("settings", {}), now["settings"])
+    for earlier, recipe in now["before"].items():
+        if made.get("before", {}).get(earlier) != recipe:
+            lines += _differences(run, earlier) or [f"{earlier} has been done again with other settings or data"]
+    return list(dict.fromkeys(lines))
+
+
+def differing_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What two {dotted name: value} disagree about, in words."""
+    changed = [field for field in dict.fromkeys([*old, *new]) if old.get(field) != new.get(field)]
+    lines = []
+    for field in changed:
+        was, now = _shown(old.get(field)), _shown(new.get(field))
+        is_short = max(len(was), len(now)) <= _LONGEST_SHOWN
+        lines.append(f"{field} was {was} and is {now}" if is_short else f"{field} has changed")
+    return lines
 
 
 def _shown(value: Any) -> str:
@@ -227,6 +300,11 @@ def _between(first: str | None, last: str | None) -> Sequence[str]:
     if start >= stop:
         raise ConfigError(f"--from {first} comes after --until {last}", f"the order is {', '.join(STAGES)}")
     return STAGES[start:stop]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = read_json(path, what="stage record", hint=f"delete {path}")
+    return record
 
 
 def _record_path(layout: RunLayout, name: str) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nexus_ray.config import Section
+from nexus_ray.config import Config, Section
 from nexus_ray.layout import RunLayout
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ class Stage:
         state: what it keeps for continuing; removed when the recipe has changed.
         reused: artefacts whose parts it takes up again, whatever the recipe; removed when it is told to start over.
         unfinished: what of its state is too dear to be removed because a setting has changed, in words; "" if nothing.
-        check: refuses what cannot be done, before anything is removed.
+        finished: what it makes, in words, where that is too dear to be replaced for such a reason; else "".
+        ahead: refuses what settings and packages alone rule out, before earlier stages take their time.
+        check: refuses what cannot be done with what those have made, before anything is removed.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Stage:
     state: Callable[[RunLayout], tuple[Path, ...]] = lambda layout: ()
     reused: Callable[[RunLayout], tuple[Path, ...]] = lambda layout: ()
     unfinished: Callable[[RunLayout], str] = lambda layout: ""
+    finished: str = ""
+    ahead: Callable[[Config], None] = lambda config: None
     check: Callable[[Run], None] = lambda run: None
 
 
@@ -53,7 +57,7 @@ def _data(run: Run, sources: Collection[str] | None = None) -> dict[str, Any]:
     """The training text, of all sources unless they are named."""
     data = run.config.data
     text = [entry for entry in run.train_text if sources is None or entry[0] in sources]
-    return {"length": data.sequence_length, "shard_bytes": data.shard_bytes, "text": text}
+    return {"sequence_length": data.sequence_length, "shard_bytes": data.shard_bytes, "text": text}
 
 
 def _predicted(run: Run, sources: Collection[str]) -> dict[str, Any]:
@@ -65,7 +69,7 @@ def _predicted(run: Run, sources: Collection[str]) -> dict[str, Any]:
 
 def _base(run: Run) -> dict[str, Any]:
     """The base, its tokenizer and how it computes; its place is not part of the recipe."""
-    return {"base": run.fingerprint, "tokenizer": run.tokenizer, "compute": run.config.compute}
+    return {"base": run.fingerprint, "tokenizer": run.tokenizer, "model": run.config.compute}
 
 
 _FIELDS_OF_MODES = {"topk": {"top_k", "value_bits"}, "sampled": {"draws"}, "hidden": {"hidden_dtype"}}
@@ -119,6 +123,12 @@ def _convert(run: Run, recipe: str) -> None:
     convert(run.config, run.layout)
 
 
+def _check_targets(config: Config) -> None:
+    from nexus_ray.targets.writing.job import job_of_run
+
+    job_of_run(config)
+
+
 def _precompute(run: Run, recipe: str) -> None:
     from nexus_ray.targets.writing.precompute import precompute_run
 
@@ -142,6 +152,14 @@ _WITHOUT_EFFECT = (
     "trackers",
     "warnings",
 )
+
+
+def _check_packages(config: Config) -> None:
+    from nexus_ray.training.optimiser import check_optimiser
+    from nexus_ray.training.watching.trackers import check_trackers
+
+    check_optimiser(config.train.optimiser)
+    check_trackers(config.train.trackers)
 
 
 def _check_training(run: Run) -> None:
@@ -172,7 +190,7 @@ ALL = (
             **_base(run),
             "data": _data(run, run.config.collect.mixture),
             "collect": _dump(run.config.collect),
-            "seed": run.config.run.seed,
+            "run": {"seed": run.config.run.seed},
         },
         lambda layout: (
             layout.router_stats,
@@ -194,9 +212,9 @@ ALL = (
         ("select",),
         lambda run: {
             "convert": _dump(run.config.convert),
-            "compute": run.config.compute,
+            "model": run.config.compute,
             "roles": run.config.roles(),
-            "seed": run.config.run.seed,
+            "run": {"seed": run.config.run.seed},
         },
         lambda layout: (layout.initial_overlay, layout.conversion),
     ),
@@ -211,6 +229,7 @@ ALL = (
         },
         lambda layout: (layout.targets,),
         reused=lambda layout: (layout.targets,),
+        ahead=_check_targets,
     ),
     Stage(
         "train",
@@ -219,7 +238,7 @@ ALL = (
         lambda run: {
             **_base(run),
             "train": _dump(run.config.train, *_WITHOUT_EFFECT),
-            "seed": run.config.run.seed,
+            "run": {"seed": run.config.run.seed},
         },
         lambda layout: (layout.overlay, layout.metrics),
         lambda layout: (
@@ -231,6 +250,8 @@ ALL = (
             layout.trackers,
         ),
         unfinished=_unfinished_training,
+        finished="a finished training",
+        ahead=_check_packages,
         check=_check_training,
     ),
     Stage(

@@ -104,13 +104,23 @@ def test_strict_is_the_same_as_its_field(verb: str, config_file: Path, monkeypat
     assert [config.data.strict for config in seen] == [False, True, True]
 
 
-def test_keyboard_interrupt_is_130(config_file: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "again"),
+    [
+        ([], "the same command continues"),
+        (["--from", "train"], "the same command without --from continues"),
+        (["--from=train"], "the same command without --from continues"),
+    ],
+)
+def test_keyboard_interrupt_is_130(
+    arguments: list[str], again: str, config_file: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("nexus_ray.pipeline.run_pipeline", interrupt)
-    assert run_command(["run", str(config_file)]) == 130
-    assert "continues where this one stopped" in _error(capsys)
+    assert run_command(["run", str(config_file), *arguments]) == 130
+    assert f"{again} where this one stopped" in _error(capsys)
 
 
 def test_plot_of_a_directory_without_metrics_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,7 @@ def plot(
     to: Annotated[Path, typer.Option("--output", "-o", help="figure to write, .png or .svg")] = Path("runs.png"),
     metric: Annotated[
         list[str] | None,
-        typer.Option("--metric", "-m", help="draw this one, named as in TensorBoard, e.g. router/kl/mean; repeatable"),
+        typer.Option("--metric", "-m", help="draw this one, named as in TensorBoard, e.g. validation/loss; repeatable"),
     ] = None,
     smoothing: Annotated[
         float, typer.Option(min=0, max=1, help="width of the moving average, as a share of the run; 0: none")

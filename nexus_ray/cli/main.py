@@ -59,6 +59,12 @@ def _show_usage_error(error: typer.TyperException) -> None:
         Console(stderr=True).print(f"error: {escape(str(error))}", soft_wrap=True)
 
 
+def _again(arguments: Sequence[str]) -> str:
+    """The command that goes on with what an interrupted one began."""
+    afresh = [name for name in ("--force", "--from") if any(word.split("=")[0] == name for word in arguments)]
+    return f"the same command without {afresh[0]}" if afresh else "the same command"
+
+
 def run_command(arguments: list[str]) -> int:
     """Run one command line; return its exit code."""
     verbose = "--verbose" in arguments or "-v" in arguments
@@ -78,5 +84,5 @@ def run_command(arguments: list[str]) -> int:
     except SystemExit as error:  # what Ray makes of SIGTERM
         code = _INTERRUPTED if error.code == signal.SIGTERM else error.code
     if code == _INTERRUPTED:
-        errors.print("interrupted; the same command continues where this one stopped", soft_wrap=True)
+        errors.print(f"interrupted; {_again(arguments)} continues where this one stopped", soft_wrap=True)
     return code if isinstance(code, int) else 0

@@ -25,11 +25,12 @@ def drift(
     """Compare the routers of base and student on the calibration text (router_drift.json)."""
     from nexus_ray.evaluation.calibration_drift import drift_table, measure_drift
     from nexus_ray.layout import RunLayout
-    from nexus_ray.pipeline import Run, locked
+    from nexus_ray.pipeline import locked
 
     loaded = load(config, overrides, verbose, quiet, Config).config
-    with locked(Run(loaded)):
-        output.print(drift_table(measure_drift(loaded, RunLayout(loaded.run.directory), overlay)))
+    layout = RunLayout(loaded.run.directory)
+    with locked(layout):
+        output.print(drift_table(measure_drift(loaded, layout, overlay)))
 
 
 @app.command()

@@ -9,26 +9,29 @@ import torch
 from transformers import AutoTokenizer, GptOssForCausalLM
 
 from nexus_ray.checkpoints.quantised_export import export_mxfp4
-from nexus_ray.config import ModelSection, PretrainRun
+from nexus_ray.config import ModelSection, PretrainRun, flatten_values
 from nexus_ray.data.packing import Batch, batches, pack_shard, token_byte_lengths
-from nexus_ray.data.sources import list_shards
+from nexus_ray.data.sources import describe_files, list_shards
 from nexus_ray.data.unreadable import UnreadableRows
 from nexus_ray.errors import ConfigError, ModelError
 from nexus_ray.evaluation.perplexity import bits_per_byte, sequence_nats, target_bytes, token_perplexity
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import load_base
+from nexus_ray.pipeline import differing_settings, locked
 from nexus_ray.pretraining.model import build_config, new_model
 from nexus_ray.pretraining.task import pretrain_worker
-from nexus_ray.storage import write_json
+from nexus_ray.storage import read_json, write_json
 from nexus_ray.targets.writing.job import job_of_text
 from nexus_ray.targets.writing.precompute import precompute
 from nexus_ray.training import trainer
 from nexus_ray.training.checkpointing import load_checkpoint
 from nexus_ray.training.optimiser import check_optimiser
+from nexus_ray.training.recovery import steps_reached
 
 logger = logging.getLogger(__name__)
 _BATCH_SEQUENCES = 8
 _REPORT = "pretraining.json"
+_WITHOUT_EFFECT = {"steps", "output", "micro_batch_sequences", "checkpoint_every", "keep_checkpoints", "prompts"}
 
 
 def pretrain(run: PretrainRun) -> Path:
@@ -39,7 +42,8 @@ def pretrain(run: PretrainRun) -> Path:
         quantisation.
 
     Raises:
-        ConfigError: a step has fewer sequences than there are workers.
+        ConfigError: a step has fewer sequences than there are workers, or the directory holds a training that began
+            with other settings.
         ModelError: the tokenizer is missing.
         DataError: the text is missing or too short.
     """
@@ -55,16 +59,44 @@ def pretrain(run: PretrainRun) -> Path:
         )
     check_optimiser(run.pretrain.optimiser)
     layout = RunLayout(run.run.directory)
-    precompute(job_of_text(run.data, run.pretrain.tokenizer), layout.targets, run.resources)
-    trainer.run_distributed(
-        pretrain_worker,
-        {"run": run.model_dump(mode="json")},
-        layout.training,
-        run.resources,
-        metrics=layout.metrics,
-        steps=run.pretrain.steps,
+    with locked(layout):
+        _refuse_other_settings(run, layout)
+        precompute(job_of_text(run.data, run.pretrain.tokenizer), layout.targets, run.resources)
+        trainer.run_distributed(
+            pretrain_worker,
+            {"run": run.model_dump(mode="json")},
+            layout.training,
+            run.resources,
+            metrics=layout.metrics,
+            steps=run.pretrain.steps,
+        )
+        return export(run, layout)
+
+
+def _refuse_other_settings(run: PretrainRun, layout: RunLayout) -> None:
+    """Keep a training from going on with other settings than it began with; more steps are fine.
+
+    Raises:
+        ConfigError: it names them.
+    """
+    marker = layout.stages / "pretrain.json"
+    now = flatten_values(
+        {
+            "pretrain": run.pretrain.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
+            "data": {"sequence_length": run.data.sequence_length, "text": describe_files(run.data, "train")},
+            "run": {"seed": run.run.seed},
+        }
     )
-    return export(run, layout)
+    reached = steps_reached(layout.checkpoints)
+    if marker.exists() and reached:
+        changed = differing_settings(read_json(marker, what="settings", hint=f"delete {marker}"), now)
+        if changed:
+            raise ConfigError(
+                f"pretrain: {layout.directory} holds a training that has reached step {reached}, made with other "
+                f"settings: {'; '.join(changed)}",
+                "put them back to continue, or choose another run.directory",
+            )
+    write_json(marker, now)
 
 
 def export(run: PretrainRun, layout: RunLayout) -> Path:

@@ -144,5 +144,6 @@ def pretrain_worker(arguments: dict[str, Any]) -> None:
         checkpoint_every=section.checkpoint_every,
         keep_checkpoints=section.keep_checkpoints,
         layout=layout,
+        section="pretrain",
     )
     run_steps(PretrainTask(run), settings)

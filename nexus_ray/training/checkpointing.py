@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nexus_ray.errors import ArtefactError
+from nexus_ray.errors import ArtefactError, StorageError
 from nexus_ray.storage import atomic_directory, sha256_file
 from nexus_ray.training.optimiser import optimiser_tensors, restore_optimiser
 
@@ -95,12 +95,18 @@ def read_state(directory: Path) -> dict[str, Any]:
 
     Raises:
         ArtefactError: the checkpoint is missing or damaged.
+        StorageError: the file system would not let it be read now.
     """
     try:
         state: dict[str, Any] = json.loads((directory / _STATE).read_text())
         whole = state.pop("sha256") == sha256_file(directory / _TENSORS)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, AttributeError) as error:
         raise _unreadable(directory, error) from error
+    except OSError as error:
+        raise StorageError(
+            f"cannot read the checkpoint {directory}: {error.strerror or error}",
+            "when the file system answers again, the same command continues",
+        ) from error
     if not whole:
         raise _unreadable(directory, "its tensors are not the ones that were written")
     return state

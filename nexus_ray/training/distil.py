@@ -10,6 +10,7 @@ from torch import nn
 from nexus_ray.checkpoints.overlay import OverlayConfig, add_routers, load_overlay, load_overlay_config, save_overlay
 from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.config import Config, flatten
+from nexus_ray.errors import ArtefactError
 from nexus_ray.families import family_of
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.trained import is_trained
@@ -17,11 +18,9 @@ from nexus_ray.targets.reading.reader import TargetSet
 from nexus_ray.training import trainer
 from nexus_ray.training.checkpointing import load_checkpoint
 from nexus_ray.training.loop import run_steps
-from nexus_ray.training.optimiser import check_optimiser
 from nexus_ray.training.readiness import check_targets, report_epochs
 from nexus_ray.training.settings import LoopSettings
 from nexus_ray.training.task import DistilTask
-from nexus_ray.training.watching.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +30,11 @@ def check_training(config: Config, layout: RunLayout) -> None:
 
     Raises:
         ArtefactError: the initial overlay or the targets are missing or do not fit.
-        ConfigError: fewer sequences in a step than workers, or a package that is not installed.
+        ConfigError: fewer sequences in a step than workers.
         DataError: a source has too few sequences.
     """
     description = load_overlay_config(layout.initial_overlay)
     check_targets(TargetSet.open(layout.targets).manifest, config, description)
-    check_optimiser(config.train.optimiser)
-    check_trackers(config.train.trackers)
 
 
 def train(config: Config, layout: RunLayout) -> OverlayConfig:
@@ -81,7 +78,11 @@ def _loop(arguments: dict[str, Any]) -> None:
 
 
 def _write_best(config: Config, layout: RunLayout) -> OverlayConfig:
-    """Turn the best checkpoint into the run's overlay."""
+    """Turn the best checkpoint into the run's overlay.
+
+    Raises:
+        ArtefactError: there is none.
+    """
     initial = load_overlay_config(layout.initial_overlay)
     model, routers = read_model_config(config.model.path), config.train.routers.train
     _, tensors = load_overlay(layout.initial_overlay, initial.base_fingerprint)
@@ -91,6 +92,11 @@ def _write_best(config: Config, layout: RunLayout) -> OverlayConfig:
         for name, tensor in tensors.items()
         if is_trained(name, learn_scale=initial.learn_scale, routers=routers)
     }
+    if not layout.best.exists():
+        raise ArtefactError(
+            f"there are no best weights in {layout.best}: no validation had a finite loss",
+            "look for `warning` and `validation` in metrics.jsonl, and lower train.optimiser.learning_rate",
+        )
     state = load_checkpoint(layout.best, trained)
     description = description.model_copy(update={"trained_steps": state["step"]})
     save_overlay(layout.overlay, description, {**tensors, **{name: p.detach() for name, p in trained.items()}})

@@ -28,6 +28,7 @@ class Progress:
         skipped: steps in a row whose gradients were not finite.
         recent: losses of the last steps, in nats.
         lowest: lowest mean of as many steps so far.
+        judged_by_steps: whether a part of the loss means the same at every step, so that steps show divergence.
     """
 
     step: int = 0
@@ -40,6 +41,7 @@ class Progress:
     skipped: int = 0
     recent: list[float] = field(default_factory=list)
     lowest: float | None = None
+    judged_by_steps: bool = True
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> Self:
@@ -59,6 +61,10 @@ class Progress:
         mean = math.fsum(self.recent) / _WINDOW
         self.lowest = mean if self.lowest is None else min(self.lowest, mean)
         return mean > self.lowest + _DIVERGED_NATS
+
+    def is_diverging_validation(self, loss: float) -> bool:
+        """Whether a validation's loss is 2 nats above the best, where steps cannot be compared with each other."""
+        return not self.judged_by_steps and self.best is not None and loss > self.best + _DIVERGED_NATS
 
     def is_best(self, loss: float, section: EarlyStopSection) -> bool:
         """Take note of a validation; true when it is the best so far. Ends the training when patience is over."""

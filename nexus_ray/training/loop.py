@@ -6,13 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nexus_ray.errors import ArtefactError, NexusError
+from nexus_ray.errors import ArtefactError, NexusError, StorageError
 from nexus_ray.memory import used_bytes
 from nexus_ray.training import trainer, trouble
 from nexus_ray.training.averaging import Averaging
@@ -37,7 +38,7 @@ class Task(Protocol):
         """Backward passes of one global batch; returns what to record, with `loss` and `tokens` among it.
 
         `watched`, where it is there, is what divergence is judged by instead: the part of the loss that means the same
-        at every step. It is not recorded.
+        at every step; None where no part does, and validations decide. It is not recorded.
         """
         ...
 
@@ -73,7 +74,8 @@ def run_steps(task: Task, settings: LoopSettings) -> None:
     try:
         loop.run()
     except NexusError as error:
-        loop.say("stopped", reason=error.message)
+        with suppress(StorageError):  # the error that stopped it is the one to be told
+            loop.say("stopped", reason=error.message)
         loop.close(failed=True)
         raise
     except BaseException:
@@ -95,8 +97,10 @@ class _Loop:
         self.saved_for_leaving = False
         if self.is_first:
             remove_leftovers(settings.layout.directory)
-        self._restore()
+        damaged = self._restore()
         self.log = self._open_log() if self.is_first else None
+        for reason in damaged:
+            self.say("warning", **trouble.damaged_checkpoint(reason, self.progress))
         if self.progress.step:
             self.say_of(self.progress.step, "resume")
 
@@ -134,13 +138,20 @@ class _Loop:
         if self.log is not None:
             self.log.write(event, step, **values)
 
-    def _restore(self) -> None:
-        """Continue from the newest whole checkpoint, the same one on every worker."""
-        found = newest(self.settings.layout.checkpoints) if self.is_first else None
+    def _restore(self) -> list[str]:
+        """Continue from the newest whole checkpoint, the same one on every worker; says why newer ones were not it.
+
+        Raises:
+            ArtefactError: there are checkpoints, and none is whole.
+        """
+        found, damaged = newest(self.settings.layout.checkpoints) if self.is_first else (None, [])
+        if damaged and found is None:
+            raise trouble.nothing_whole(damaged, self.settings)
         chosen = trainer.from_first_worker(str(found) if found else None)
         if chosen is not None:
             state = load_checkpoint(Path(chosen), self.task.parameters, self.task.optimiser, self.averaging.kept)
             self.progress = Progress.of_state(state)
+        return damaged
 
     def _step(self, step: int) -> None:
         started = time.monotonic()
@@ -153,8 +164,9 @@ class _Loop:
         if record is not None:
             watched = record.pop("watched", record["loss"])
             self.say("step", **record)
-            if self.progress.is_diverging(watched):
-                raise trouble.diverging(step, watched, self.settings, self.progress)
+            self.progress.judged_by_steps = watched is not None
+            if watched is not None and self.progress.is_diverging(watched):
+                raise trouble.diverging(step, "the loss of the last steps", watched, self.settings, self.progress)
         if self.averaging.is_due(step):
             self._merge()
         last = step + 1 == self.settings.steps
@@ -178,7 +190,7 @@ class _Loop:
             self._not_finite(step, norm, record["loss"])
             return None
         self.progress.skipped = 0
-        if rates.get("router_bias_learning_rate") == 0.0 and not self.progress.biases_frozen:
+        if any(map(is_frozen, task.optimiser.param_groups)) and not self.progress.biases_frozen:
             self.progress.biases_frozen = True
             self.say_of(step, "bias_frozen")
         task.optimiser.step()
@@ -226,6 +238,7 @@ class _Loop:
         """Validate, and keep the weights when they are the best so far."""
         record = self.task.validate()
         self.say("validation", **record)
+        self._judge(record)
         if self.log is not None:
             for sample in self.task.samples():
                 self.say("sample", **sample)
@@ -235,6 +248,19 @@ class _Loop:
         if self.progress.ended:
             self.say("early_stop", validations_without_gain=self.progress.without_gain)
         trainer.tell_ray({"step": float(self.progress.step), "validation_loss": record["loss"]})
+
+    def _judge(self, record: Mapping[str, Any]) -> None:
+        """Stop at a validation loss that is not finite, or that has run away where steps cannot tell.
+
+        Raises:
+            NexusError: as configured.
+        """
+        step, loss = self.progress.step - 1, record["loss"]
+        if not math.isfinite(loss):
+            warning = trouble.validation_not_finite(step, record, self.settings, self.progress)
+            self.say("warning", **warning)
+        elif self.progress.is_diverging_validation(loss):
+            raise trouble.diverging(step, "the validation loss", loss, self.settings, self.progress)
 
     def _checkpoint(self, *, wait: bool = False) -> None:
         """Copy everything and write it in the background."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nexus_ray.config import OptimiserSection, RoutersSection
 from nexus_ray.errors import ArtefactError, ConfigError
-from nexus_ray.training.schedule import learning_rates
+from nexus_ray.training.schedule import biases_are_frozen, learning_rates
 
 Kind = Literal["weights", "undecayed", "router_weights", "router_biases"]
 
@@ -40,7 +40,7 @@ def check_optimiser(section: OptimiserSection) -> None:
     if section.name == "adamw_8bit" and find_spec("bitsandbytes") is None:
         raise ConfigError(
             "optimiser.name is adamw_8bit, but bitsandbytes is not installed",
-            "pip install 'nexus-ray[low-bit]', or set train.optimiser.name=adamw",
+            "pip install 'nexus-ray[low-bit]', or set optimiser.name to adamw",
         )
 
 
@@ -89,13 +89,14 @@ def set_learning_rates(
     for group in optimiser.param_groups:
         rates = learning_rates(step, steps, section, group["routers"])
         group["lr"] = rates[_RATES[group["kind"]]]
+        group["frozen"] = group["kind"] == "router_biases" and biases_are_frozen(step, steps, group["routers"])
         logged |= rates
     return logged
 
 
 def is_frozen(group: Mapping[str, Any]) -> bool:
     """Whether a group stays as it is in the step whose learning rates are set: router biases from their freeze on."""
-    return bool(group["kind"] == "router_biases" and not group["lr"])
+    return bool(group["frozen"])
 
 
 def drop_frozen_gradients(optimiser: torch.optim.Optimizer) -> None:
@@ -141,7 +142,7 @@ def _check(wanted: Mapping[str, Any], found: Mapping[str, Tensor]) -> None:
         kind = "lacks" if differing[0] in wanted else "has"
         raise ArtefactError(
             f"the checkpoint {kind} {differing[0]}: its optimiser is not the one of this run",
-            "set train.optimiser.name to what the run began with, or start over in another run.directory",
+            "set optimiser.name to what the run began with, or start over in another run.directory",
         )
     for name, value in wanted.items():
         expected = torch.as_tensor(value)

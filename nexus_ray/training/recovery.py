@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from nexus_ray.errors import ArtefactError
 from nexus_ray.storage import make_directory
 from nexus_ray.training.checkpointing import Snapshot, read_state, write_snapshot
 
-logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -64,22 +63,34 @@ class RecoveryPoints:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what a killed process left of checkpoints it was writing in a directory."""
-    for leftover in directory.glob(".*.partial"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
+    """Remove what a killed process left of checkpoints it was writing in a directory.
+
+    Whole ones stay when it was killed between moving the old one aside and putting the new one in its place.
+    """
+    for leftover in (path for path in directory.glob(".*.partial") if path.is_dir()):
+        place = directory / leftover.name[1:].split(".")[0]
+        with suppress(ArtefactError, OSError):
+            read_state(leftover)
+            if not place.exists():
+                leftover.rename(place)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
-def newest(directory: Path) -> Path | None:
-    """The newest whole checkpoint; damaged ones are passed over, with a warning."""
+def newest(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and what is wrong with newer ones, which are passed over.
+
+    Raises:
+        StorageError: the file system would not let one be read now.
+    """
+    damaged: list[str] = []
     for _, path in _newest_first(directory):
         try:
             read_state(path)
         except ArtefactError as error:
-            logger.warning("%s; the one before it is used", error.message)
+            damaged.append(error.message)
             continue
-        return path
-    return None
+        return path, damaged
+    return None, damaged
 
 
 def steps_reached(directory: Path) -> int:

@@ -28,6 +28,7 @@ class LoopSettings:
         warnings: from where on to warn.
         roles: of each source, for warnings.
         parameters: the configuration by dotted name, for trackers.
+        section: of the configuration that says how to train, for messages.
     """
 
     steps: int
@@ -43,3 +44,4 @@ class LoopSettings:
     warnings: WarningsSection = field(default_factory=WarningsSection)
     roles: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    section: Literal["train", "pretrain"] = "train"

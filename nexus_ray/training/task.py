@@ -68,9 +68,10 @@ class DistilTask:
             with trainer.synchronise_if(self.parallel, is_last):
                 self._backward(parts, objective, counts, sums)
         record = sums.record()
+        steady = [record["sources"][name][term] for name in batch for term in steady_terms(self.train, name)]
         return {
             **record,
-            "watched": sum(record["sources"][name][term] for name in batch for term in steady_terms(self.train, name)),
+            "watched": sum(steady) if steady else None,
             "tokens": sum(self.feed.num_targets(batch).values()),
             "output_temperature": objective.output_temperature,
             "router_temperature": objective.router_temperature,

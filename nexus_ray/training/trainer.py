@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,7 +70,7 @@ def run_distributed(
     )
     error_file.unlink(missing_ok=True)
     try:
-        with following(metrics, steps, "train"):
+        with following(metrics, steps, "train"), _ctrl_c_ours_again():
             trainer.fit()
     except SystemExit as error:  # how Ray Train answers Ctrl-C, after stopping its workers
         raise KeyboardInterrupt from error
@@ -78,6 +80,17 @@ def run_distributed(
         raise NexusError(
             f"training failed: {error}", "run the same command again: it continues from the last checkpoint"
         ) from error
+
+
+@contextmanager
+def _ctrl_c_ours_again() -> Iterator[None]:
+    """Undo what Ray Train does to Ctrl-C: after a training it would be ignored, and at the third time exit with 0."""
+    ours = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, ours)
 
 
 def _guarded(loop: Callable[[dict[str, Any]], None], error_file: Path) -> Callable[[dict[str, Any]], None]:

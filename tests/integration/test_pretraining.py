@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from nexus_ray.config import ArchitectureSection, DataSection, PretrainRun, PretrainSection, RunSection, SourceSection
+from nexus_ray.errors import ConfigError
 from nexus_ray.pretraining.run import pretrain
 from nexus_ray.training.watching.metrics import read_metrics
 
@@ -56,3 +57,9 @@ def test_learns_continues_and_exports(
     assert not info["unexpected_keys"]
     report = json.loads((model / "pretraining.json").read_text())
     assert report["heldout_after_mxfp4"]["play"]["token_perplexity"] > 1
+
+    other = _run(tmp_path, micro_texts, tokenizer_directory, steps=16)
+    other = other.model_copy(update={"pretrain": other.pretrain.model_copy(update={"load_balancing": 0.5})})
+    with pytest.raises(ConfigError, match=r"reached step 12, .*: pretrain\.load_balancing was 0\.01 and is 0\.5"):
+        pretrain(other)
+    assert read_metrics(tmp_path / "metrics.jsonl") == records

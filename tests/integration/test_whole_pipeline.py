@@ -1,6 +1,8 @@
 """The whole pipeline on a micro model: every artefact, skipping, continuing, and what must not change."""
 
 import json
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 
 from nexus_ray.checkpoints.overlay import load_overlay_config
 from nexus_ray.config import STAGES, Config
-from nexus_ray.errors import ArtefactError, NexusError
+from nexus_ray.errors import ArtefactError, ConfigError, NexusError
 from nexus_ray.layout import RunLayout
 from nexus_ray.pipeline import Run, locked, run_pipeline, run_single_stage
 from nexus_ray.storage import sha256_file
@@ -102,14 +104,76 @@ def test_a_refused_training_costs_nothing_that_stands(finished: Config, force: b
     before = _outputs(finished)
     train = finished.train.model_copy(update={"steps": 2 * finished.train.steps})
     workers = finished.resources.model_copy(update={"workers": 64})
-    with pytest.raises(NexusError, match="workers"):
+    with pytest.raises(NexusError, match="workers" if force else r"train\.steps was 6 and is 12"):
         run_single_stage(finished.model_copy(update={"train": train, "resources": workers}), "train", force=force)
     assert before == _outputs(finished)
     assert Run(finished).is_complete("train")
 
 
+def test_ctrl_c_is_python_s_again_after_a_training(finished: Config) -> None:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_stage_does_not_go_on_from_what_was_made_with_other_settings(finished: Config) -> None:
+    before = _outputs(finished)
+    targets = finished.targets.model_copy(update={"top_k": finished.targets.top_k + 1})
+    changed = finished.model_copy(update={"targets": targets})
+    with pytest.raises(ConfigError, match=r"what precompute has made .* targets\.top_k was \d+ and is \d+"):
+        run_single_stage(changed, "train", force=True)
+    assert before == _outputs(finished)
+
+
+def test_a_finished_training_is_not_replaced_unasked(finished: Config) -> None:
+    """A changed setting of an early stage would cost it: refused, naming the setting, before that stage begins."""
+    before = _outputs(finished)
+    collect = finished.collect.model_copy(update={"tokens": 2 * finished.collect.tokens})
+    changed = finished.model_copy(update={"collect": collect})
+    with pytest.raises(ConfigError, match=r"finished training.*collect\.tokens was \d+ and is \d+") as refused:
+        run_pipeline(changed)
+    assert "--from collect" in str(refused.value)
+    assert before == _outputs(finished)
+
+
+def test_who_asks_for_it_replaces_a_training_and_may_be_interrupted(
+    finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--from convert` stopped in `convert`: `run` alone then goes on, and is not refused what has been asked for."""
+    directory = tmp_path / "again"
+    shutil.copytree(finished.run.directory, directory)
+    run = finished.run.model_copy(update={"directory": directory})
+    convert = finished.convert.model_copy(update={"token_gate": False})
+    changed = finished.model_copy(update={"run": run, "convert": convert})
+    with pytest.raises(ConfigError, match=r"convert\.token_gate was True and is False"):
+        run_pipeline(changed, last="train")
+    with monkeypatch.context() as patch:
+        patch.setattr("nexus_ray.conversion.initialise.convert", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_pipeline(changed, first="convert", last="train")
+    assert sha256_file(RunLayout(directory).overlay / "overlay.safetensors")  # stands until training begins
+    run_pipeline(changed, last="train")
+    assert Run(changed).is_complete("train")
+    assert not load_overlay_config(RunLayout(directory).overlay).token_gate
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_packages_are_looked_for_before_the_first_stage(
+    make_micro_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(_: object) -> None:
+        raise ConfigError("the package is not installed", "install it")
+
+    monkeypatch.setattr("nexus_ray.training.watching.trackers.check_trackers", missing)
+    config = make_micro_config(tmp_path / "early")
+    with pytest.raises(ConfigError, match="not installed"):
+        run_pipeline(config)
+    assert not list(config.run.directory.glob("router_stats*"))
+
+
 def test_two_commands_in_one_directory_are_refused(finished: Config) -> None:
-    with locked(Run(finished)), pytest.raises(NexusError, match="another nexus-ray is working"):
+    with locked(RunLayout(finished.run.directory)), pytest.raises(NexusError, match="another nexus-ray is working"):
         run_single_stage(finished, "select")
 
 

@@ -128,8 +128,8 @@ def test_the_choice_names_other_shards_and_the_default_the_same_as_ever(make_con
 )
 def test_recipes_hold_only_what_is_not_the_default(micro_config, tmp_path, settings, stage) -> None:
     default, other = (BY_NAME[stage].sections(Run(micro_config(tmp_path / "run", **more))) for more in ({}, settings))
-    assert set(default["data"]) == {"length", "shard_bytes", "text"}
-    assert set(default["compute"]) == {"device", "dtype", "experts"}
+    assert set(default["data"]) == {"sequence_length", "shard_bytes", "text"}
+    assert set(default["model"]) == {"device", "dtype", "experts"}
     assert default != other
 
 

@@ -22,7 +22,7 @@ from nexus_ray.training.loop import run_steps
 from nexus_ray.training.optimiser import build_optimiser
 from nexus_ray.training.recovery import newest
 from nexus_ray.training.settings import LoopSettings
-from nexus_ray.training.watching.metrics import read_metrics
+from nexus_ray.training.watching.metrics import MetricsLog, read_metrics
 
 pytestmark = pytest.mark.usefixtures("alone")
 STEPS = 12
@@ -192,7 +192,7 @@ def test_a_loss_that_is_no_number_stops_the_training_and_names_the_sequences(set
         train(made, bad={7: value})
     assert "train.on_nan=skip" in str(caught.value)
     assert "after 5 steps" in str(caught.value), "the last good weights are named"
-    last = newest(made.layout.checkpoints)
+    last, _ = newest(made.layout.checkpoints)
     assert last is not None
     assert last.name == "step-00000006"
     stopped = read_metrics(made.layout.metrics)[-1]
@@ -247,6 +247,52 @@ def test_divergence_is_judged_by_what_means_the_same_at_every_step(settings):
     assert "watched" not in read_metrics(made.layout.metrics)[0]
 
 
+@pytest.mark.parametrize(("watched", "ends"), [(None, True), (1.0, False)])
+def test_where_no_step_means_the_same_as_another_validations_judge(settings, watched, ends):
+    """Otherwise they do not: a validation loss that rises while that of the steps falls is no divergence."""
+
+    class Scheduled(Regression):
+        def accumulate(self, step: int) -> dict[str, Any]:
+            return super().accumulate(step) | {"watched": watched}
+
+    made = settings(validate_every=1)
+    task = Scheduled(made.optimiser)
+    task.validations = [3.0, 2.5, 4.4, 4.6]
+    if ends:
+        with pytest.raises(NexusError, match=r"the validation loss is around 4\.60 nats, it was 2\.50"):
+            run_steps(task, made)
+    else:
+        run_steps(task, made)
+    assert len(task.taken) == (4 if ends else STEPS)
+
+
+def test_a_validation_loss_that_is_no_number_stops_the_training(settings):
+    made = settings(validate_every=1)
+    with pytest.raises(NexusError, match="step 1: the validation loss is nan") as caught:
+        train(made, validations=[2.0, math.nan])
+    assert "after 1 steps" in str(caught.value)
+
+
+def test_a_validation_loss_that_is_no_number_is_not_the_best_where_such_are_passed_over(settings):
+    made = settings(validate_every=4, on_nan="skip")
+    train(made, validations=[math.nan, 2.0, 3.0])
+    assert load_checkpoint(made.layout.best, {})["step"] == 8
+    warnings = [record for record in read_metrics(made.layout.metrics) if record["event"] == "warning"]
+    assert [(record["kind"], record["step"]) for record in warnings] == [("validation", 3)]
+
+
+def test_a_rate_of_zero_at_the_end_is_no_freeze(settings):
+    schedule = ScheduleSection(warmup=0.0, decay=0.5, floor=0.0)
+    made = settings(optimiser=OptimiserSection(learning_rate=0.05, schedule=schedule), averaging=AVERAGING["initial"])
+    task = Regression(made.optimiser)
+    for group in task.optimiser.param_groups:
+        group["routers"] = ROUTERS.model_copy(update={"freeze_bias_at": 1.0})
+    run_steps(task, made)
+    assert "bias_frozen" not in dict(events(made))
+    last = [record for record in read_metrics(made.layout.metrics) if record["event"] == "step"][-1]
+    assert last["router_bias_learning_rate"] == 0.0
+
+
 def test_it_ends_early_when_nothing_is_gained(settings):
     made = settings(validate_every=1, early_stop=EarlyStopSection(patience=2))
     task = train(made, validations=[3.0, 2.0, 2.5, 2.6, 1.0])
@@ -291,7 +337,7 @@ def test_a_full_disk_ends_the_training_and_the_checkpoint_before_is_good(setting
         patch.setattr(checkpointing, "save_file", full_later)
         with pytest.raises(StorageError, match="disk is full"):
             train(made)
-    last = newest(made.layout.checkpoints)
+    last, _ = newest(made.layout.checkpoints)
     assert last is not None
     assert last.name == "step-00000003"
     assert_same(train(made), train(settings("whole")))
@@ -304,6 +350,33 @@ def test_without_its_newest_checkpoint_it_continues_from_the_one_before(settings
     resumed = train(made)
     assert resumed.taken[0] == 3
     assert_same(resumed, train(settings("whole")))
+    (warning,) = [record for record in read_metrics(made.layout.metrics) if record["event"] == "warning"]
+    assert (warning["kind"], warning["step"]) == ("checkpoint", 2)
+    assert "step-00000006" in warning["message"]
+
+
+def test_without_any_whole_checkpoint_it_is_refused_and_nothing_is_lost(settings):
+    made = settings()
+    train(made, stop_before=8)
+    for path in made.layout.checkpoints.iterdir():
+        (path / "state.safetensors").write_bytes(b"damaged")
+    before = {path: path.read_bytes() for path in sorted(made.layout.directory.rglob("*")) if path.is_file()}
+    with pytest.raises(ArtefactError, match=r"no checkpoint of this training is whole.*step-00000006.*step-00000003"):
+        train(made)
+    assert before == {path: path.read_bytes() for path in sorted(made.layout.directory.rglob("*")) if path.is_file()}
+
+
+def test_why_it_stopped_is_told_although_the_disk_is_full_too(settings, monkeypatch):
+    write = MetricsLog.write
+
+    def full(self: MetricsLog, event: str, step: int, **values: Any) -> None:
+        if event == "stopped":
+            raise StorageError("the disk is full", "free some of it")
+        write(self, event, step, **values)
+
+    monkeypatch.setattr(MetricsLog, "write", full)
+    with pytest.raises(NexusError, match="play 7"):
+        train(settings(), bad={7: math.nan})
 
 
 def test_samples_are_recorded_with_each_validation(settings):

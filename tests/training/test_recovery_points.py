@@ -39,12 +39,12 @@ def written(directory: Path, *steps: int, keep: int = 2) -> RecoveryPoints:
 def test_the_newest_ones_are_kept(tmp_path):
     written(tmp_path, 4, 8, 12)
     assert names(tmp_path) == ["step-00000008", "step-00000012"]
-    assert newest(tmp_path) == tmp_path / "step-00000012"
+    assert newest(tmp_path)[0] == tmp_path / "step-00000012"
     assert steps_reached(tmp_path) == 12
 
 
 def test_nothing_is_there_at_first(tmp_path):
-    assert newest(tmp_path / "none") is None
+    assert newest(tmp_path / "none") == (None, [])
     assert steps_reached(tmp_path / "none") == 0
 
 
@@ -58,7 +58,7 @@ def test_a_snapshot_is_what_the_weights_were_when_it_was_taken(tmp_path):
     points.write(snapshot)
     points.close()
     restored = nn.Linear(3, 2)
-    load_checkpoint(newest(tmp_path) or tmp_path, dict(restored.named_parameters()))
+    load_checkpoint(newest(tmp_path)[0] or tmp_path, dict(restored.named_parameters()))
     assert torch.equal(restored.weight, before)
 
 
@@ -73,10 +73,10 @@ def test_training_goes_on_while_one_is_written(tmp_path, monkeypatch):
     points = RecoveryPoints(tmp_path, 2)
     points.write(snapshot_after(4))
     assert points.finished() == []
-    assert newest(tmp_path) is None
+    assert newest(tmp_path)[0] is None
     may_end.set()
     assert points.finished(wait=True) == [4]
-    assert newest(tmp_path) == tmp_path / "step-00000004"
+    assert newest(tmp_path)[0] == tmp_path / "step-00000004"
 
 
 def test_each_is_announced_once_when_it_is_there(tmp_path):
@@ -89,7 +89,7 @@ def test_each_is_announced_once_when_it_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "state"])
-def test_a_damaged_one_is_passed_over(tmp_path, caplog, damage):
+def test_a_damaged_one_is_passed_over(tmp_path, damage):
     written(tmp_path, 4, 8)
     last = tmp_path / "step-00000008"
     content = bytearray((last / "state.safetensors").read_bytes())
@@ -98,8 +98,28 @@ def test_a_damaged_one_is_passed_over(tmp_path, caplog, damage):
         (last / "state.json").write_text("{")
     else:
         (last / "state.safetensors").write_bytes(content if damage == "flip" else content[:-5])
-    assert newest(tmp_path) == tmp_path / "step-00000004"
-    assert "step-00000008" in caplog.text
+    found, (reason,) = newest(tmp_path)
+    assert found == tmp_path / "step-00000004"
+    assert "step-00000008" in reason
+    assert read_state(tmp_path / "step-00000004") == {"step": 4}
+
+
+def test_one_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    written(tmp_path, 4, 8)
+
+    def refuse(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpointing, "sha256_file", refuse)
+    with pytest.raises(StorageError, match=r"cannot read the checkpoint .*step-00000008: Input/output error"):
+        newest(tmp_path)
+
+
+def test_one_whose_writer_was_killed_between_two_renames_is_put_in_its_place(tmp_path):
+    written(tmp_path, 4)
+    (tmp_path / "step-00000004").rename(tmp_path / ".step-00000004.1234abcd.partial")
+    recovery.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["step-00000004"]
     assert read_state(tmp_path / "step-00000004") == {"step": 4}
 
 
@@ -108,7 +128,7 @@ def test_what_a_killed_writer_left_is_removed_and_never_read(tmp_path):
     leftover = tmp_path / ".step-00000008.1234abcd.partial"
     leftover.mkdir()
     (leftover / "state.safetensors").write_bytes(b"half")
-    assert newest(tmp_path) == tmp_path / "step-00000004"
+    assert newest(tmp_path)[0] == tmp_path / "step-00000004"
     RecoveryPoints(tmp_path, 2).close()
     assert names(tmp_path) == ["step-00000004"]
 
@@ -126,7 +146,7 @@ def test_a_write_that_the_system_refuses_is_told_at_the_next_opportunity_and_old
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
     assert names(tmp_path) == ["step-00000004"]
-    assert newest(tmp_path) == tmp_path / "step-00000004"
+    assert newest(tmp_path)[0] == tmp_path / "step-00000004"
 
 
 def test_older_ones_go_only_after_the_new_one_stands(tmp_path, monkeypatch):
@@ -145,6 +165,6 @@ def test_older_ones_go_only_after_the_new_one_stands(tmp_path, monkeypatch):
 def test_a_damaged_newer_one_does_not_cost_those_written_after_it(tmp_path):
     written(tmp_path, 80, keep=1)
     (tmp_path / "step-00000080" / "state.json").write_text("{")
-    assert newest(tmp_path) is None
+    assert newest(tmp_path)[0] is None
     written(tmp_path, 20, 40, keep=1)
     assert names(tmp_path) == ["step-00000040"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import struct
 import sys
 import threading
@@ -23,10 +22,11 @@ from nexus_ray.layout import RunLayout
 from nexus_ray.storage import read_json
 from nexus_ray.training.watching import background, trackers
 from nexus_ray.training.watching.background import Background
-from nexus_ray.training.watching.log import open_log
-from nexus_ray.training.watching.metrics import read_metrics
+from nexus_ray.training.watching.log import RunLog, open_log
+from nexus_ray.training.watching.metrics import MetricsLog, read_metrics
 from nexus_ray.training.watching.tags import numbers_of, texts_of
 from nexus_ray.training.watching.trackers import check_trackers
+from nexus_ray.training.watching.warnings import Warnings
 
 RECORD = {
     "loss": 2.5,
@@ -160,33 +160,40 @@ class TestBackground:
         tracker.close(failed=True)
         assert seen == [*[("step", step, {"a": step}) for step in range(100)], ("closed", True)]
 
-    def test_a_tracker_that_fails_is_told_once_and_nothing_is_raised(self, monkeypatch):
-        told: list[str] = []
-        monkeypatch.setattr(background.logger, "warning", lambda text, *values: told.append(text % values))
+    def test_a_tracker_that_fails_is_given_up_and_nothing_is_raised(self):
         seen: list[Any] = []
         tracker = Background("T", lambda: Remembering(seen, fail_at=2))
         for step in range(5):
             tracker.write("step", step, {}, {})
         tracker.close(failed=False)
         assert [each[1] for each in seen] == [0, 1]
-        assert told == [
-            "T gets no more records: ConnectionError: no route to host\n"
-            "  -> training goes on; metrics.jsonl has everything"
-        ]
+        assert tracker.lost == "ConnectionError: no route to host"
 
-    def test_a_tracker_that_cannot_be_made_is_told(self, caplog, monkeypatch):
-        monkeypatch.setattr(logging.getLogger("nexus_ray"), "propagate", True)
+    @pytest.mark.parametrize("fail_at", [1, 4])
+    def test_a_tracker_that_fails_is_told_once_in_the_log(self, layout: RunLayout, fail_at: int):
+        """While records are written, or at the end when the last one is what it failed at."""
+        metrics, watch = MetricsLog(layout.metrics, 0), Warnings(WarningsSection(), {})
+        tracker = Background("T", lambda: Remembering([], fail_at=fail_at))
+        with RunLog(metrics, watch, [tracker]) as log:
+            for step in range(5):
+                log.write("step", step)
+                deadline = time.monotonic() + 10
+                while step == fail_at < 4 and not tracker.lost and time.monotonic() < deadline:
+                    time.sleep(0.001)
+        warnings = [record for record in read_metrics(layout.metrics) if record["event"] == "warning"]
+        assert [(record["kind"], record["step"]) for record in warnings] == [("tracker/T", min(fail_at + 1, 4))]
+        assert warnings[0]["message"] == "T gets no more records: ConnectionError: no route to host"
 
+    def test_a_tracker_that_cannot_be_made_is_told(self):
         def refuse() -> Remembering:
             raise OSError("unauthorised")
 
         tracker = Background("T", refuse)
         tracker.write("step", 0, {}, {})
         tracker.close(failed=False)
-        assert "unauthorised" in caplog.text
+        assert "unauthorised" in str(tracker.lost)
 
-    def test_one_that_hangs_holds_nothing_up(self, caplog, monkeypatch):
-        monkeypatch.setattr(logging.getLogger("nexus_ray"), "propagate", True)
+    def test_one_that_hangs_holds_nothing_up(self, monkeypatch):
         monkeypatch.setattr(background, "_WAITING", 3)
         release = threading.Event()
 
@@ -201,7 +208,7 @@ class TestBackground:
         tracker.close(failed=False, seconds=0.05)
         assert time.monotonic() - started < 5
         release.set()
-        assert "3 records behind" in caplog.text
+        assert "3 records behind" in str(tracker.lost)
 
 
 class TestMissingPackages:

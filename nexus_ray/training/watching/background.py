@@ -1,14 +1,12 @@
-"""A tracker in a thread of its own: a slow network does not hold training up, and what fails is said once."""
+"""A tracker in a thread of its own: a slow network does not hold training up, and what fails is given up."""
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-logger = logging.getLogger(__name__)
 _WAITING = 10_000  # records that may wait for a slow tracker; later ones are dropped
 _CLOSING_SECONDS = 30.0
 
@@ -31,20 +29,23 @@ class Background:
     Args:
         name: of the tracker, for messages.
         make: makes it.
+
+    Attributes:
+        lost: why it gets no more records; None while it does.
     """
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
-        self._name = name
+        self.name = name
+        self.lost: str | None = None
         self._make = make
         self._records: queue.Queue[Callable[[Tracker], None]] = queue.Queue(_WAITING)
-        self._is_lost = False
         self._closing = False
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
     def write(self, event: str, step: int, numbers: Mapping[str, float], texts: Mapping[str, str]) -> None:
         """Leave a record for the tracker; returns at once and never raises."""
-        if self._is_lost:
+        if self.lost:
             return
         try:
             self._records.put_nowait(lambda tracker: tracker.write(event, step, numbers, texts))
@@ -75,8 +76,4 @@ class Background:
             self._lose(f"{type(error).__name__}: {error}")
 
     def _lose(self, reason: str) -> None:
-        if not self._is_lost:
-            self._is_lost = True
-            logger.warning(
-                "%s gets no more records: %s\n  -> training goes on; metrics.jsonl has everything", self._name, reason
-            )
+        self.lost = self.lost or reason

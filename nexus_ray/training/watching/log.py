@@ -54,6 +54,8 @@ class RunLog:
         self._metrics = metrics
         self._watch = watch
         self._trackers = trackers
+        self._lost: set[str] = set()
+        self._last_step = 0
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Append a record, give it to all trackers, and append a `warning` for what it shows to be wrong.
@@ -66,6 +68,8 @@ class RunLog:
         numbers, texts = numbers_of(record), texts_of(record)
         for tracker in self._trackers:
             tracker.write(event, step, numbers, texts)
+        self._last_step = step
+        self._tell_lost()
         for warning in self._watch.see(record):
             self.write("warning", step, **warning)
 
@@ -73,6 +77,19 @@ class RunLog:
         """Let the trackers finish, and tell them whether training failed."""
         for tracker in self._trackers:
             tracker.close(failed=failed)
+        self._tell_lost()
+
+    def _tell_lost(self) -> None:
+        """Warn once of each tracker that gets no more records."""
+        for tracker in self._trackers:
+            if tracker.lost and tracker.name not in self._lost:
+                self._lost.add(tracker.name)
+                warning = {
+                    "kind": f"tracker/{tracker.name}",
+                    "message": f"{tracker.name} gets no more records: {tracker.lost}",
+                    "hint": "training goes on; metrics.jsonl has everything",
+                }
+                self._metrics.write("warning", self._last_step, **warning)
 
     def __enter__(self) -> Self:
         return self
