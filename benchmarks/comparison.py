@@ -1,11 +1,12 @@
 """The shared expert against other ways to adapt the same frozen base: the same tokens, order, objective, evaluation.
 
 Every method learns Shakespeare by cross-entropy and keeps speeches and code by KL to the base, with the weights of
-configs/demo.yaml: the shared expert with each initialisation, LoRA on attention and on all experts (PEFT), MoE-Sieve
-(LoRA on the most-routed quarter of the experts, arXiv:2603.24044), ESFT-style (whole experts with the most gate mass,
-arXiv:2407.01906) and the routers alone; at the shared expert's number of trainable parameters and at each method's
-usual setting. The learning rate of each method is chosen by the objective on validation sequences of the training
-text; then come `--seeds` runs on held-out text. Needs `pip install 'nexus-ray[peft]'`.
+configs/demo.yaml: the shared expert with nine of its ten initialisations (`reap_topK` needs packed experts, the base is
+dequantised here) and in variants, LoRA on attention and on all experts (PEFT), MoE-Sieve (LoRA on the most-routed
+quarter of the experts, arXiv:2603.24044), ESFT-style (whole experts with the most gate mass, arXiv:2407.01906) and the
+routers alone; at the shared expert's number of trainable parameters and at each method's usual setting. The learning
+rate of each method is chosen by the objective on validation sequences of the training text; then come `--seeds` runs on
+held-out text. Needs `pip install 'nexus-ray[peft]'`.
 
 The table of docs/comparison.md, in about two hours of two cores:
 

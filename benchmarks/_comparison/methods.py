@@ -234,7 +234,6 @@ def _methods() -> Sequence[Method]:
         _start("shared-top1-average", "`top1_average`", initialisation="top1_average"),
         _start("shared-top4-average", "`top4_average`", initialisation="top4_average"),
         _start("shared-pca", "`pca_topK` (K = 8)", initialisation="pca_topK"),
-        _start("shared-reap", "`reap_topK` (K = 8)", initialisation="reap_topK"),
         _start("shared-aligned", "`aligned_topK` (K = 8)", initialisation="aligned_topK"),
         _start("shared-lstsq", "`lstsq` (scale 0.1)", initialisation="lstsq", scale=0.1),
         Method("sieve-8", "MoE-Sieve (r = 8)", "sieve", ("usual",), 1e-2, {"rank": 8}),
