@@ -48,7 +48,15 @@ def ensure_ray() -> None:
 def _stop_as_on_ctrl_c() -> None:
     """Let SIGTERM, which stopped jobs get, do what Ctrl-C does; Ray would end the process at once."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(*_: object) -> None:
+    """Do what Ctrl-C does, also where it is ignored: shell scripts start what they end with `&` like that."""
+    if callable(signal.getsignal(signal.SIGINT)):
+        signal.raise_signal(signal.SIGINT)
+    else:
+        raise KeyboardInterrupt
 
 
 def actor_options(resources: ResourcesSection) -> dict[str, Any]:
