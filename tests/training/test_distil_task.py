@@ -202,6 +202,16 @@ def test_the_recorded_loss_is_the_weighted_sum_of_the_terms_and_falls_with_train
     assert records[-1]["loss"] < 0.9 * first["loss"]
 
 
+def test_divergence_is_watched_in_terms_that_never_change_their_meaning(make_task, base):
+    sources = {"play": {"sequences_per_step": 5, "cross_entropy": 1.0, "output_kl": [[0, 1], [1, 2]]}}
+    task = make_task(Stored(base), **{"train.sources": sources})
+    record, _ = step(task, 1)
+    assert record["watched"] == record["sources"]["play"]["cross_entropy"] < record["loss"]
+    sources["play"]["cross_entropy"] = [[0, 1], [1, 2]]
+    task = make_task(Stored(base), **{"train.sources": sources})
+    assert step(task, 1)[0]["watched"] is None
+
+
 def test_validation_records_the_objective_and_each_sources_next_token_loss(make_task, base):
     """Against transformers' own loss, sequence by sequence; a source without cross-entropy is measured too."""
     stored = Stored(base)
