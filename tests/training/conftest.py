@@ -1,11 +1,19 @@
-"""A worker that trains alone, without Ray Train."""
+"""A worker that trains alone, without Ray Train, and the settings of a small training."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from regression import STEPS
 
+from nexus_ray.config import OptimiserSection, ScheduleSection
+from nexus_ray.layout import RunLayout
 from nexus_ray.training import trainer
+from nexus_ray.training.settings import LoopSettings
 
 
 @pytest.fixture
@@ -17,3 +25,20 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "from_first_worker", lambda value: value)
     monkeypatch.setattr(trainer, "node_is_leaving", lambda: False)
     monkeypatch.setattr(trainer, "tell_ray", lambda metrics: None)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Callable[..., LoopSettings]:
+    def make(name: str = "run", **changes: Any) -> LoopSettings:
+        schedule = ScheduleSection(warmup=0.5, decay=0.25)
+        values = {
+            "steps": STEPS,
+            "optimiser": OptimiserSection(learning_rate=0.05, weight_decay=0.1, schedule=schedule),
+            "validate_every": 5,
+            "checkpoint_every": 3,
+            "keep_checkpoints": 2,
+            "layout": RunLayout(tmp_path / name),
+        }
+        return LoopSettings(**{**values, **changes})
+
+    return make
