@@ -17,12 +17,12 @@ from rich.text import Text
 from nexus_ray.config import Config
 from nexus_ray.console import console as notes
 from nexus_ray.errors import ConfigError, NexusError
-from nexus_ray.generation.engine import Engine, load_served_model
-from nexus_ray.generation.request import Generation, SamplingParams, Which
+from nexus_ray.generation.assistant import Assistant, Generation
+from nexus_ray.generation.request import SamplingParams
+from nexus_ray.generation.serving import load_assistant
 from nexus_ray.layout import RunLayout
-from nexus_ray.modeling.loading import load_base
 
-_SPEAKERS: dict[str, tuple[Which, ...]] = {"student": ("student",), "base": ("base",), "both": ("base", "student")}
+_SPEAKERS: dict[str, tuple[str, ...]] = {"student": ("student",), "base": ("base",), "both": ("base", "student")}
 _HELP = """/student, /base, /both   who answers from now on
 /reset                   forget the conversation
 /help                    this list
@@ -35,9 +35,9 @@ class Turn:
     """One question and what each model that was asked said to it."""
 
     question: str
-    answers: dict[Which, str] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
 
-    def messages(self, which: Which) -> list[dict[str, Any]]:
+    def messages(self, which: str) -> list[dict[str, Any]]:
         """The turn as `which` remembers it: with its own answer, or else the other model's."""
         answer = self.answers.get(which, next(iter(self.answers.values()), None))
         asked = {"role": "user", "content": self.question}
@@ -53,7 +53,7 @@ class Session:
         output: where answers are written.
     """
 
-    def __init__(self, engine: Engine, speakers: tuple[Which, ...], output: Console) -> None:
+    def __init__(self, engine: Assistant, speakers: tuple[str, ...], output: Console) -> None:
         self.speakers = speakers
         self.turns: list[Turn] = []
         self._engine = engine
@@ -88,7 +88,7 @@ class Session:
         if turn.answers:
             self.turns.append(turn)
 
-    def _answer(self, turn: Turn, which: Which) -> None:
+    def _answer(self, turn: Turn, which: str) -> None:
         messages = [message for past in self.turns for message in past.messages(which)]
         messages.append({"role": "user", "content": turn.question})
         generation = self._engine.generate(messages, which, SamplingParams())
@@ -137,12 +137,12 @@ def chat(config: Config, which: str = "student") -> None:
         engine.close()
 
 
-def _engine(config: Config, which: str) -> Engine:
+def _engine(config: Config, which: str) -> Assistant:
     """The student's engine; a run without an overlay can still be asked for its base."""
     overlay = RunLayout(config.run.directory).overlay
     if which == "base" and not overlay.exists():
-        return Engine.of(load_base(config.model), config)
-    return Engine.of(load_served_model(config, overlay), config)
+        return load_assistant(config, {})
+    return load_assistant(config, {"student": overlay})
 
 
 def _read() -> str | None:

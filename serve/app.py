@@ -21,15 +21,17 @@ from ray.serve import Application
 
 from nexus_ray.cluster import actor_options, ensure_ray, set_worker_threads
 from nexus_ray.config import Config, Section, load_config
+from nexus_ray.config.sections import ServeSection
 from nexus_ray.errors import ConfigError, NexusError
-from nexus_ray.generation.engine import Engine, load_served_model, require_overlay
-from nexus_ray.layout import RunLayout
-from serve.routes import build_api
-from serve.service import BASE, Service, student_name
+from nexus_ray.generation.request import BASE
+from nexus_ray.generation.serving import load_assistant, overlays_of, require_overlays
+from serve.api import build_api
+from serve.guard.keys import KeyFile, keys_of_environment
+from serve.service import Service
 
 logger = logging.getLogger("nexus_ray.serve")
 APP_NAME = "nexus-ray"
-_ROOM_FOR_REFUSALS = 16  # requests a replica takes beyond its queue: it answers them at once, if only with 429
+_ROOM_FOR_REFUSALS = 1000  # requests a replica takes beyond its queue: it answers them at once, if only with 429
 
 
 class BuilderArguments(Section):
@@ -39,18 +41,40 @@ class BuilderArguments(Section):
     overrides: tuple[str, ...] = ()
 
 
+class Overlays(Section):
+    """`user_config` of the deployment: what is served beside the base. Replicas take a new one without a pause."""
+
+    overlays: dict[str, Path]
+
+
 @serve.deployment(name="chat", max_constructor_retry_count=1)
 @serve.ingress()
 class ChatReplica:
-    """One loaded model and its HTTP interface."""
+    """One loaded base with its overlays, and its HTTP interface."""
 
-    def __init__(self, config: Config, overlay: Path) -> None:
+    def __init__(self, config: Config, keys: dict[str, str]) -> None:
         set_worker_threads(config.resources)
-        engine = Engine.of(load_served_model(config, overlay), config)
-        self._service = Service(engine, student_name(config))
+        _log_to_stderr()
+        self._section = config.serve
+        self._keys = KeyFile(config.serve.api_keys, keys)
+        self._assistant = load_assistant(config, {})
+        self._service = Service(self._assistant, config.data.sequence_length, config.serve.request_timeout_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Ray Serve's name
-        return build_api(self._service)
+        section = self._section
+        return build_api(
+            self._service, keys=self._keys, max_body_bytes=section.max_body_bytes, log_text=section.log_text
+        )
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve these overlays from now on (Ray Serve's name); answers that are under way end as they began."""
+        overlays = Overlays.model_validate(user_config).overlays
+        require_overlays(overlays)
+        self._assistant.engine.serve(overlays)
+
+    def check_health(self) -> None:
+        """Fail when the engine is stuck (Ray Serve's name): the replica is replaced then."""
+        self._assistant.engine.check()
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -71,20 +95,32 @@ def application(config: Config) -> Application:
     """The application of a run.
 
     Raises:
-        ConfigError: the student's name is the base's.
+        ConfigError: two models have one name, or an API key is garbled.
         ArtefactError: the run has no trained overlay.
     """
-    student_name(config)
-    overlay = RunLayout(config.run.directory).overlay
-    require_overlay(overlay)
+    overlays = overlays_of(config)
+    keys = keys_of_environment()
+    KeyFile(config.serve.api_keys, keys)  # refuse here, not in a replica
     deployment: Any = ChatReplica
-    deployment = deployment.options(
-        num_replicas=config.serve.replicas,
+    bound: Application = deployment.options(
+        **_scale(config.serve),
+        user_config={"overlays": {name: str(path.resolve()) for name, path in overlays.items()}},
         ray_actor_options=actor_options(config.resources),
         max_ongoing_requests=config.serve.max_concurrent_requests + _ROOM_FOR_REFUSALS,
-    )
-    bound: Application = deployment.bind(config, overlay)
+        graceful_shutdown_timeout_s=config.serve.drain_seconds,
+    ).bind(config, keys)
     return bound
+
+
+def _scale(section: ServeSection) -> dict[str, Any]:
+    if section.max_replicas is None:
+        return {"num_replicas": section.replicas}
+    scaling = {
+        "min_replicas": section.replicas,
+        "max_replicas": section.max_replicas,
+        "target_ongoing_requests": section.target_ongoing_requests,
+    }
+    return {"autoscaling_config": scaling}
 
 
 def run_service(config: Config, *, blocking: bool = True) -> None:
@@ -138,9 +174,10 @@ def _deploy(app: Application, config: Config) -> None:
 
 def _announce(config: Config) -> None:
     host = "localhost" if config.serve.host in ("0.0.0.0", "::") else config.serve.host
-    url = f"http://{f'[{host}]' if ':' in host else host}:{config.serve.port}/v1"
-    name = student_name(config)
-    logger.info("serving %r and %r at %s; Ctrl-C stops", BASE, name, url)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{config.serve.port}"
+    url = f"{address}/v1"
+    name, *others = overlays_of(config)
+    logger.info("serving %s at %s; Ctrl-C stops", ", ".join(map(repr, (BASE, name, *others))), url)
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Good morrow!"}}]}}'
     logger.info("try: curl %s/chat/completions -H 'Content-Type: application/json' -d '%s'", url, body)
 
@@ -183,6 +220,15 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _log_to_stderr() -> None:
+    """Let a replica's access log through: Ray takes what is written to stderr into its log files."""
+    access = logging.getLogger("nexus_ray.serve.access")
+    access.setLevel(logging.INFO)
+    if not access.handlers:
+        access.addHandler(logging.StreamHandler())
+        access.propagate = False
 
 
 def _quiet_serve() -> None:

@@ -10,9 +10,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from nexus_ray.errors import DataError, NexusError
-from nexus_ray.generation.request import BusyError, ClosedError, ContextLengthError
-from serve.schemas import ErrorAnswer, ErrorDetail
+from nexus_ray.errors import ConfigError, DataError, NexusError
+from nexus_ray.generation.request import BusyError, ClosedError, ContextLengthError, UnknownModelError
+from serve.schemas.answers import ErrorAnswer, ErrorDetail
 
 logger = logging.getLogger(__name__)
 _INVALID = "invalid_request_error"
@@ -43,8 +43,10 @@ def as_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case ContextLengthError():
-            return ApiError(400, _text(error), "messages", "context_length_exceeded")
-        case DataError():
+            return ApiError(400, _text(error), code="context_length_exceeded")
+        case UnknownModelError():
+            return ApiError(404, _text(error), "model", "model_not_found")
+        case DataError() | ConfigError():
             return ApiError(400, _text(error))
         case BusyError():
             return ApiError(429, _text(error), code="rate_limit_exceeded", type="rate_limit_error")
@@ -72,27 +74,32 @@ def _text(error: NexusError) -> str:
     return f"{error.message}; {error.hint}" if error.hint else error.message
 
 
-def _response(error: ApiError) -> JSONResponse:
+def error_response(error: ApiError) -> JSONResponse:
+    """The answer that says so."""
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+    if error.status == 401:
+        headers = {"WWW-Authenticate": "Bearer"}
     return JSONResponse(ErrorAnswer(error=error.detail).model_dump(), error.status, headers)
 
 
 async def _on_error(_: Request, error: Exception) -> JSONResponse:
-    return _response(as_api_error(error))
+    return error_response(as_api_error(error))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     """Unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return _response(ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}", code=code))
+    code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(error.status_code)
+    return error_response(
+        ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path[:200]}", code=code)
+    )
 
 
 async def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
     message = "; ".join(_explain(problem) for problem in problems)
-    return _response(ApiError(400, message, _location(problems[0]) or None))
+    return error_response(ApiError(400, message, _location(problems[0]) or None))
 
 
 def _location(problem: dict[str, Any]) -> str:

@@ -1,59 +1,103 @@
-"""The engine for asynchronous callers: model names, answers as asynchronous iterators, work dropped when they go."""
+"""The engine for asynchronous callers: answers as asynchronous iterators, work dropped when nobody waits for it."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from starlette.concurrency import run_in_threadpool
 
-from nexus_ray.config import Config
-from nexus_ray.errors import ConfigError
-from nexus_ray.generation.engine import Engine
-from nexus_ray.generation.request import Event, Generation, SamplingParams, Which
-from nexus_ray.generation.scoring import TextScore
+from nexus_ray.generation.assistant import Assistant, Prompt, Reading
+from nexus_ray.generation.request import Continuation, ScoringRequest, TokenChoice, TokenEvent, UnknownModelError
+from nexus_ray.generation.scoring import ScoredText, TextScorer
 from nexus_ray.generation.text import Piece
 from serve.errors import ApiError
 
-BASE = "base"
+
+class Answer:
+    """One continuation as it comes: its pieces of text, and in the end why it stopped."""
+
+    def __init__(self, prompt: Prompt, reading: Reading, timeout: float) -> None:
+        self.prompt_tokens = len(prompt.request.ids)
+        self.reading = reading
+        self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.time() + timeout
+        self._timeout = timeout
+        self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._continuation: Continuation | None = None
+
+    def take(self, event: TokenEvent) -> None:
+        """Take an event on the engine's thread; nobody is left to have it once the loop is closed."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def started(self, continuation: Continuation) -> None:
+        """The engine has it."""
+        self._continuation = continuation
+
+    def cancel(self) -> None:
+        """Stop the work, if there is any left."""
+        if self._continuation is not None:
+            self._continuation.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        try:
+            while (event := await self._next()) is not None:
+                if isinstance(event, Exception):
+                    raise event
+                for piece in self.reading.push(event):
+                    yield piece
+                if self.reading.finished:
+                    break
+            for piece in self.reading.flush():
+                yield piece
+        finally:
+            self.cancel()
+
+    async def _next(self) -> TokenEvent:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await self._events.get()
+        except TimeoutError as error:
+            raise ApiError(
+                504, f"the answer took longer than {self._timeout:g} s", code="timeout", type="server_error"
+            ) from error
 
 
-def student_name(config: Config) -> str:
-    """The student's model id: `serve.name`, else the run directory's name.
-
-    Raises:
-        ConfigError: it is the base's.
-    """
-    name = config.serve.name or config.run.directory.resolve().name
-    if not name or name == BASE:
-        raise ConfigError(f"the student's model id cannot be {name!r}", "choose another with serve.name=NAME")
-    return name
+def cancel_all(answers: Iterable[Answer]) -> None:
+    """Stop the work for these answers, as far as there is any left."""
+    for answer in answers:
+        answer.cancel()
 
 
 class Service:
-    """What the routes need: an engine and the names of its two models.
+    """What the routes need of an engine.
 
     Args:
-        engine: answers and scores.
-        student: the student's model id.
+        assistant: answers.
+        sequence_length: tokens of a window in which texts are scored.
+        timeout: seconds that an answer may take.
     """
 
-    def __init__(self, engine: Engine, student: str) -> None:
-        self.engine = engine
-        self.models: dict[str, Which] = {BASE: "base", student: "student"}
+    def __init__(self, assistant: Assistant, sequence_length: int, timeout: float = 600) -> None:
+        self.assistant = assistant
+        self.scorer = TextScorer(assistant, sequence_length)
+        self._timeout = timeout
 
-    def which(self, model: str) -> Which:
-        """The model of that id.
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Model ids, the base first."""
+        return self.assistant.engine.models
+
+    def require(self, model: str) -> None:
+        """Check that a model is served.
 
         Raises:
-            ApiError: there is none (404).
+            UnknownModelError: it is not.
         """
         if model not in self.models:
-            known = ", ".join(repr(name) for name in self.models)
-            raise ApiError(404, f"there is no model {model[:100]!r}; known: {known}", "model", "model_not_found")
-        return self.models[model]
+            raise UnknownModelError(f"there is no model {model[:100]!r}; known: {', '.join(map(repr, self.models))}")
 
     def check_length(self, asked: int | None, param: str) -> None:
         """Refuse to generate more tokens than the service allows.
@@ -61,51 +105,58 @@ class Service:
         Raises:
             ApiError: more are asked for (400).
         """
-        limit = self.engine.max_new_tokens
+        limit = self.assistant.max_new_tokens
         if asked is not None and asked > limit:
             raise ApiError(400, f"{param} is {asked}, but this service generates at most {limit} tokens", param)
 
-    async def answer(self, messages: Sequence[dict[str, Any]], which: Which, params: SamplingParams) -> Answer:
-        """Queue a chat. Whoever takes the answer must `cancel` it when nobody waits for it any more.
+    def start(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        """Queue prompts, all or none. Whoever takes the answers must `cancel` those that it does not read to the end.
 
         Raises:
-            NexusError: the request does not fit or the queue is full.
+            BusyError, ClosedError: as `Engine.submit`.
         """
-        prompt = await run_in_threadpool(self.engine.prepare, messages, which, params)
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        generation = self.engine.submit(prompt, lambda event: _post(loop, events, event))
-        return Answer(generation, events)
+        answers: list[Answer] = []
+        try:
+            for prompt in prompts:
+                answer = Answer(prompt, self.assistant.reading(prompt), self._timeout)
+                answers.append(answer)
+                answer.started(self.assistant.start(prompt, answer.take))
+        except BaseException:
+            cancel_all(answers)
+            raise
+        return answers
 
-    async def score(self, texts: Sequence[str], which: Sequence[Which]) -> list[dict[Which, TextScore]]:
+    async def perplexity(
+        self, texts: Sequence[str], models: Sequence[str], sequence_length: int | None, stride: int | None
+    ) -> list[ScoredText]:
         """Score texts; a caller that is cancelled stops the work.
 
         Raises:
-            NexusError: a text is empty or the queue is full.
+            NexusError: as `TextScorer.submit`.
         """
         cancelled = threading.Event()
         try:
-            future = await run_in_threadpool(self.engine.score, texts, which, cancelled)
-            return await asyncio.wrap_future(future)
+            async with asyncio.timeout(self._timeout):
+                scored = await run_in_threadpool(
+                    self.scorer.submit, texts, models, cancelled, sequence_length=sequence_length, stride=stride
+                )
+                return await asyncio.wrap_future(scored)
+        except TimeoutError as error:
+            raise ApiError(504, f"scoring took longer than {self._timeout:g} s", code="timeout") from error
         finally:
             cancelled.set()
 
+    async def score(self, requests: Sequence[ScoringRequest]) -> list[list[TokenChoice]]:
+        """Score given tokens; a caller that is cancelled stops the work.
 
-class Answer:
-    """The pieces of one answer as they come."""
-
-    def __init__(self, generation: Generation, events: asyncio.Queue[Event]) -> None:
-        self.generation = generation
-        self._events = events
-
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        while (event := await self._events.get()) is not None:
-            if isinstance(event, Exception):
-                raise event
-            yield event
-
-
-def _post(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
-    """Hand an event from the engine's thread to the loop's; nobody is left to take it once the loop is closed."""
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(events.put_nowait, event)
+        Raises:
+            BusyError, ClosedError: as `Engine.score`.
+        """
+        cancelled = threading.Event()
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await asyncio.wrap_future(self.assistant.engine.score(requests, cancelled))
+        except TimeoutError as error:
+            raise ApiError(504, f"scoring took longer than {self._timeout:g} s", code="timeout") from error
+        finally:
+            cancelled.set()

@@ -7,7 +7,7 @@ import pytest
 
 from nexus_ray.chat import chat, printable
 from nexus_ray.errors import ArtefactError, ConfigError
-from nexus_ray.generation.engine import Engine
+from nexus_ray.generation.assistant import Assistant
 
 
 @pytest.fixture
@@ -21,13 +21,13 @@ def config(micro_config, micro_overlay, tmp_path):
 @pytest.fixture
 def asked(monkeypatch):
     """What the engine is asked: (messages, which)."""
-    asked, generate = [], Engine.generate
+    asked, generate = [], Assistant.generate
 
     def spy(self, messages, which, params):
         asked.append(([dict(message) for message in messages], which))
         return generate(self, messages, which, params)
 
-    monkeypatch.setattr(Engine, "generate", spy)
+    monkeypatch.setattr(Assistant, "generate", spy)
     return asked
 
 
@@ -95,7 +95,7 @@ def test_ctrl_c_at_the_prompt_leaves(talk, monkeypatch):
 
 
 def test_ctrl_c_during_an_answer_keeps_the_conversation(talk, asked, monkeypatch):
-    pieces, interrupted = Engine.generate, []
+    pieces, interrupted = Assistant.generate, []
 
     class Interrupted:
         def __init__(self, generation):
@@ -113,7 +113,7 @@ def test_ctrl_c_during_an_answer_keeps_the_conversation(talk, asked, monkeypatch
         generation = pieces(self, messages, which, params)
         return generation if interrupted else Interrupted(generation)
 
-    monkeypatch.setattr(Engine, "generate", generate)
+    monkeypatch.setattr(Assistant, "generate", generate)
     _, notes = talk("one", "two")
     assert interrupted
     assert "(stopped)" in notes

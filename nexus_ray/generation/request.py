@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: sampling parameters, prompts, answers on their way, refusals."""
+"""What goes into an engine and what comes out: requests, tokens on their way, refusals."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nexus_ray.errors import NexusError
-from nexus_ray.generation.text import Piece
 
-Which = Literal["base", "student"]
+BASE = "base"  # the model id of the base; every other model is an overlay on it
 FinishReason = Literal["stop", "length"]
-Event = Piece | Exception | None
 
 
 class ContextLengthError(NexusError):
     """Prompt and answer do not fit the model's context."""
+
+
+class UnknownModelError(NexusError):
+    """No model of that name is served."""
 
 
 class BusyError(NexusError):
@@ -37,7 +39,8 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_p: sample from the smallest set of tokens with at least this probability.
         stop: strings that end the answer; they are not part of it.
-        seed: the same seed gives the same answer; None: a new one each time.
+        seed: the same seed gives the same draws; None: a new one each time.
+        alternatives: most likely tokens to name beside each chosen one, with log-probabilities; None: neither.
     """
 
     max_tokens: int | None = None
@@ -45,46 +48,96 @@ class SamplingParams:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    alternatives: int | None = None
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A request that was found to fit: token ids and how to continue them."""
-
-    ids: list[int]
-    which: Which
-    max_tokens: int
-    params: SamplingParams
-
-
-class Generation:
-    """An answer on its way. Iterate to get its pieces as they come.
+class TokenRequest:
+    """A prompt in token ids, and how to continue it.
 
     Attributes:
-        prompt_tokens: tokens of the prompt.
-        completion_tokens: tokens generated so far, headers and end tokens included.
-        finish_reason: set when the answer is complete: stop, or length when `max_tokens` cut it.
+        ids: the prompt, at least one token.
+        model: `BASE` or the name of an overlay.
+        max_tokens: most tokens to generate, at least one.
+        end_ids: any of these ends the continuation.
+        temperature, top_p, seed, alternatives: as in `SamplingParams`.
     """
 
-    def __init__(self, prompt_tokens: int, emit: Callable[[Event], None] | None = None) -> None:
-        self.prompt_tokens = prompt_tokens
-        self.completion_tokens = 0
+    ids: tuple[int, ...]
+    model: str
+    max_tokens: int
+    end_ids: frozenset[int] = frozenset()
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    alternatives: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """One token, generated or given.
+
+    Attributes:
+        id: of the token.
+        logprob: its log-probability under the model, in nats, before temperature and top_p; None if not asked for, or
+            where there is nothing before it to predict it from.
+        top: (id, logprob) of the most likely tokens in its place, best first; as many as were asked for.
+    """
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+TokenEvent = TokenChoice | Exception | None
+
+
+class Continuation:
+    """Tokens on their way. Iterate to get them as they come; the iteration raises what ended them untimely.
+
+    Attributes:
+        finish_reason: set when all tokens are out: stop for an end token, length when `max_tokens` cut it.
+    """
+
+    def __init__(self, cancel: Callable[[], None], emit: Callable[[TokenEvent], None] | None = None) -> None:
         self.finish_reason: FinishReason | None = None
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self.emit = emit or self._events.put
+        self._cancel = cancel
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
         """Stop generating before the next token, or before the first one. May be called at any time."""
-        self._cancelled.set()
+        if not self._cancelled.is_set():
+            self._cancelled.set()
+            self._cancel()
 
     @property
     def cancelled(self) -> bool:
         """`cancel` has been called."""
         return self._cancelled.is_set()
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[TokenChoice]:
         while (event := self._events.get()) is not None:
             if isinstance(event, Exception):
                 raise event
             yield event
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+    """Given tokens whose probability is asked for.
+
+    Attributes:
+        inputs: tokens of one forward pass, at most the context.
+        targets: what the predictions at the last `len(targets)` inputs are compared with.
+        model: `BASE` or the name of an overlay.
+        alternatives: most likely tokens to name in the place of each target.
+        follow: the last input has no target: the most likely token after it is chosen, and comes last.
+    """
+
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...]
+    model: str
+    alternatives: int = 0
+    follow: bool = False

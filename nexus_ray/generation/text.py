@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from nexus_ray.generation.harmony import Channel, HarmonyParser, HarmonyTokens
+from nexus_ray.generation.harmony import LONGEST_HEADER, Channel, HarmonyParser, HarmonyTokens
+from nexus_ray.generation.request import TokenChoice
 
 Decode = Callable[[list[int]], str]
 _INCOMPLETE = "\ufffd"  # what decoders put in the place of a character whose last bytes are still to come
@@ -17,11 +20,15 @@ class Piece:
 
     Attributes:
         text: whole characters, at least one.
-        channel: content is the answer, reasoning what the model thought before it.
+        channel: content is the answer, reasoning what the model thought before it, call the arguments of a function.
+        function: on the channel "call", the function's name.
+        tokens: the tokens that this text completes, those held back before among them.
     """
 
     text: str
     channel: Channel = "content"
+    function: str = ""
+    tokens: tuple[TokenChoice, ...] = ()
 
 
 class IncrementalDecoder:
@@ -90,6 +97,68 @@ class StopStrings:
         return next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in self._stops)), 0)
 
 
+class TextDecoder(Protocol):
+    """Turns tokens into pieces of text as they come."""
+
+    @property
+    def finished(self) -> bool:
+        """The text is complete; what follows is not part of it."""
+        ...
+
+    def push(self, choice: TokenChoice) -> list[Piece]:
+        """Pieces that the next generated token completes."""
+        ...
+
+    def flush(self) -> list[Piece]:
+        """Pieces still held back, once no more tokens come."""
+        ...
+
+
+class PlainDecoder:
+    """Turns the tokens of a continued text into pieces; special tokens are no text.
+
+    Args:
+        special: ids of special tokens; the first one of `ends` ends the text.
+        ends: ids that end the text.
+        decode: text of token ids.
+        stops: strings that end the text.
+    """
+
+    def __init__(self, special: frozenset[int], ends: frozenset[int], decode: Decode, stops: Sequence[str]) -> None:
+        self._special = special
+        self._ends = ends
+        self._decoder = IncrementalDecoder(decode)
+        self._stops = StopStrings(stops)
+        self._ended = False
+        self._tokens: list[TokenChoice] = []
+
+    @property
+    def finished(self) -> bool:
+        """An end token or a stop string was met."""
+        return self._ended or self._stops.found
+
+    def push(self, choice: TokenChoice) -> list[Piece]:
+        """Pieces that the next generated token completes."""
+        if self.finished:
+            return []
+        self._ended = choice.id in self._ends
+        self._tokens.append(choice)
+        if choice.id in self._special:
+            return []
+        return self._pieces(self._stops.push(self._decoder.push(choice.id)))
+
+    def flush(self) -> list[Piece]:
+        """Pieces still held back, once no more tokens come; tokens without text come with the last."""
+        text = self._stops.push(self._decoder.flush()) + self._stops.flush()
+        return self._pieces(text) if text or not self._tokens else self._pieces(text, always=True)
+
+    def _pieces(self, text: str, *, always: bool = False) -> list[Piece]:
+        if not text and not always:
+            return []
+        tokens, self._tokens = tuple(self._tokens), []
+        return [Piece(text, tokens=tokens)]
+
+
 class AnswerDecoder:
     """Turns the tokens of one answer into pieces of text.
 
@@ -104,29 +173,47 @@ class AnswerDecoder:
         self._decoder = IncrementalDecoder(decode)
         self._stops = StopStrings(stops)
         self._channel: Channel = "content"
+        self._special = tokens.special
+        self._recent: deque[TokenChoice] = deque(maxlen=LONGEST_HEADER + 1)
+        self._tokens: list[TokenChoice] = []
 
     @property
     def finished(self) -> bool:
         """The answer is complete."""
         return self._parser.finished or self._stops.found
 
-    def push(self, token: int) -> list[Piece]:
+    def push(self, choice: TokenChoice) -> list[Piece]:
         """Pieces that the next generated token completes."""
-        pieces: list[Piece] = []
-        for channel, text_token in self._parser.push(token):
-            if channel != self._channel:
-                pieces += self._pieces(self._decoder.flush())
-                self._channel = channel
-            pieces += self._pieces(self._decoder.push(text_token))
-        return pieces
+        if self.finished:
+            return []
+        if choice.id not in self._special:
+            self._recent.append(choice)
+        return self._read(self._parser.push(choice.id))
 
     def flush(self) -> list[Piece]:
         """Pieces still held back, once no more tokens come."""
-        pieces = self._pieces(self._decoder.flush())
+        pieces = self._read(self._parser.flush())
+        pieces += self._pieces(self._decoder.flush())
         rest = self._stops.flush()
-        return [*pieces, Piece(rest)] if rest else pieces
+        return [*pieces, *self._whole(rest, "content")] if rest else pieces
+
+    def _read(self, released: list[tuple[Channel, int]]) -> list[Piece]:
+        pieces: list[Piece] = []
+        # What the parser releases is the newest token, or all of a header, which ends with the newest.
+        choices = list(self._recent)[len(self._recent) - len(released) :]
+        for (channel, token), choice in zip(released, choices, strict=True):
+            if channel != self._channel:
+                pieces += self._pieces(self._decoder.flush())
+                self._channel, self._tokens = channel, []
+            self._tokens.append(choice)
+            pieces += self._pieces(self._decoder.push(token))
+        return pieces
 
     def _pieces(self, text: str) -> list[Piece]:
         if self._channel == "content":
             text = self._stops.push(text)
-        return [Piece(text, self._channel)] if text else []
+        return self._whole(text, self._channel) if text else []
+
+    def _whole(self, text: str, channel: Channel) -> list[Piece]:
+        tokens, self._tokens = tuple(self._tokens), []
+        return [Piece(text, channel, self._parser.function if channel == "call" else "", tokens)]

@@ -85,6 +85,17 @@ class TrainedRouters(nn.Module):
             ArtefactError: the differences are of routers of another size.
             ValueError: the number of routers is not that of the differences.
         """
+        self.fit(routers)
+        for router, difference in zip(routers, self.routers, strict=True):
+            # First of all hooks, so that one which records the router's output sees the student's.
+            router.register_forward_hook(cast(TrainedRouter, difference).reroute, prepend=True)
+
+    def fit(self, routers: list[nn.Module]) -> None:
+        """Check that the differences are of routers of this size, and move each to its router's device.
+
+        Raises:
+            ArtefactError, ValueError: as `attach`.
+        """
         for router, difference in zip(routers, self.routers, strict=True):
             weight, trained = cast(Tensor, router.weight), cast(TrainedRouter, difference)
             if weight.shape != trained.shape:
@@ -93,8 +104,6 @@ class TrainedRouters(nn.Module):
                     "its overlay_config.json is damaged: make a new overlay with `nexus-ray run CONFIG`",
                 )
             trained.to(weight.device)
-            # First of all hooks, so that one which records the router's output sees the student's.
-            router.register_forward_hook(trained.reroute, prepend=True)
 
     def widen(self, routers: TrainedKind) -> None:
         """Add differences of zero for the weights if `routers` is "all" and there are none."""

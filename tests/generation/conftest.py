@@ -1,4 +1,4 @@
-"""Fixtures of the generation and service tests: engines over the micro model."""
+"""Fixtures of the generation tests: assistants over the micro model, and the models themselves as references."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from nexus_ray.config import ModelSection
-from nexus_ray.generation.engine import Engine
-from nexus_ray.generation.scoring import Scorer
+from nexus_ray.generation.assistant import Assistant
+from nexus_ray.generation.batching.engine import BatchingEngine
+from nexus_ray.generation.batching.paged import BatchLimits
+from nexus_ray.generation.codec import Codec
 from nexus_ray.modeling.loading import LoadedModel, load_base, load_student
 
 
@@ -21,20 +23,29 @@ def plain_base(micro_model: Path) -> LoadedModel:
     return load_base(ModelSection(path=micro_model))
 
 
-@pytest.fixture
-def make_engine() -> Iterator[Callable[..., Engine]]:
-    engines = []
+def _load(model: Path, overlays: dict[str, Path], max_new_tokens: int = 512, **limits: int) -> Assistant:
+    base = load_base(ModelSection(path=model))
+    engine = BatchingEngine(base, overlays, BatchLimits(**{"cache_tokens": 8192} | limits))
+    return Assistant(engine, Codec.of(base), max_new_tokens)
 
-    def make(loaded: LoadedModel, sequence_length: int = 32, **limits: int) -> Engine:
-        engine = Engine(loaded, Scorer(loaded, sequence_length, 2), **limits)
-        engines.append(engine)
-        return engine
+
+@pytest.fixture
+def make_assistant(micro_model: Path, micro_overlay: Path) -> Iterator[Callable[..., Assistant]]:
+    """A function that loads an engine of its own: overlays by name, then fields of `BatchLimits`."""
+    assistants = []
+
+    def make(overlays: dict[str, Path] | None = None, **limits: int) -> Assistant:
+        assistants.append(_load(micro_model, {"student": micro_overlay} if overlays is None else overlays, **limits))
+        return assistants[-1]
 
     yield make
-    for engine in engines:
-        engine.close()
+    for assistant in assistants:
+        assistant.close()
 
 
-@pytest.fixture
-def engine(make_engine: Callable[..., Engine], student: LoadedModel) -> Engine:
-    return make_engine(student)
+@pytest.fixture(scope="session")
+def assistant(micro_model: Path, micro_overlay: Path) -> Iterator[Assistant]:
+    """One engine for all tests that leave it as it was."""
+    assistant = _load(micro_model, {"student": micro_overlay})
+    yield assistant
+    assistant.close()

@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from nexus_ray.generation.harmony import HarmonyTokens
+from nexus_ray.generation.request import TokenChoice
 from nexus_ray.generation.text import AnswerDecoder, Piece
 
 
@@ -20,7 +21,7 @@ def read(tokenizer):
         decoder = AnswerDecoder(HarmonyTokens.of(tokenizer), tokenizer.decode, stop)
         pieces: list[Piece] = []
         for token in tokenizer.encode(written, add_special_tokens=False):
-            pieces += decoder.push(token)
+            pieces += decoder.push(TokenChoice(token))
         pieces += decoder.flush()
         content, reasoning = (
             "".join(piece.text for piece in pieces if piece.channel == channel) for channel in ("content", "reasoning")
@@ -46,7 +47,7 @@ def read(tokenizer):
         ("<|channel|>analysis<|message|>A<|end|>no header", "no header", "A", False),
         ("<|channel|>analysis<|message|>A<|end|><|end|>late", "", "A", True),
         ("<|channel|>analysis<|message|>A<|end|><|start|>user<|message|>B", "", "A", True),
-        ("<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>x", "", "{}", True),
+        ("<|channel|>commentary thinking aloud<|message|>{}<|call|>x", "", "{}", True),
         ("<|channel|>curious<|message|>unknown channel", "unknown channel", "", False),
         ("no header at all<|return|>gone", "no header at all", "", True),
         ("no header<|end|>gone", "no header", "", True),
@@ -79,4 +80,9 @@ def test_stop_strings_cut_the_content_but_not_the_reasoning(read):
 def test_a_vocabulary_without_the_format_is_all_content():
     tokens = HarmonyTokens(None, None, None, None, frozenset({9}), frozenset({9}))
     decoder = AnswerDecoder(tokens, lambda ids: "".join("abcdefghij"[i] for i in ids))
-    assert [decoder.push(token) for token in (0, 1, 9, 2)] == [[Piece("a")], [Piece("b")], [], []]
+    assert [decoder.push(TokenChoice(token)) for token in (0, 1, 9, 2)] == [
+        [Piece("a", tokens=(TokenChoice(0),))],
+        [Piece("b", tokens=(TokenChoice(1),))],
+        [],
+        [],
+    ]

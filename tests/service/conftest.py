@@ -7,24 +7,27 @@ import pytest
 from fastapi.testclient import TestClient
 
 from nexus_ray.config import ModelSection
-from nexus_ray.generation.engine import Engine
-from nexus_ray.generation.scoring import Scorer
-from nexus_ray.modeling.loading import load_student
-from serve.routes import build_api
+from nexus_ray.generation.assistant import Assistant
+from nexus_ray.generation.batching.engine import BatchingEngine
+from nexus_ray.generation.batching.paged import BatchLimits
+from nexus_ray.generation.codec import Codec
+from nexus_ray.modeling.loading import load_base
+from serve.api import build_api
 from serve.service import Service
 
 
 @pytest.fixture(scope="session")
-def engine(micro_model: Path, micro_overlay: Path) -> Iterator[Engine]:
-    loaded = load_student(ModelSection(path=micro_model), micro_overlay)
-    engine = Engine(loaded, Scorer(loaded, 32, 2), max_new_tokens=400, max_requests=2)
-    yield engine
-    engine.close()
+def assistant(micro_model: Path, micro_overlay: Path) -> Iterator[Assistant]:
+    base = load_base(ModelSection(path=micro_model))
+    engine = BatchingEngine(base, {"bard": micro_overlay}, BatchLimits(requests=8, cache_tokens=8192))
+    assistant = Assistant(engine, Codec.of(base), max_new_tokens=400)
+    yield assistant
+    assistant.close()
 
 
 @pytest.fixture
-def service(engine: Engine) -> Service:
-    return Service(engine, "bard")
+def service(assistant: Assistant) -> Service:
+    return Service(assistant, sequence_length=32)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import yaml
 
 from nexus_ray.config import save_config
 from nexus_ray.errors import ArtefactError, ConfigError, NexusError
+from nexus_ray.generation.serving import overlays_of, student_name
 from serve.app import _require_free, application, build_app, run_service, stop_service
-from serve.service import student_name
 
 HELLO = [{"role": "user", "content": "Good morrow, who goes there?"}]
 BODY = {"model": "bard", "messages": HELLO, "max_tokens": 8, "temperature": 0}
@@ -39,6 +39,35 @@ def test_the_student_is_called_after_its_run_unless_named(micro_config, tmp_path
     assert student_name(micro_config(tmp_path / "bard", **{"serve.name": "will"})) == "will"
     with pytest.raises(ConfigError, match="cannot be 'base'"):
         student_name(micro_config(tmp_path / "base"))
+
+
+def test_further_overlays_have_names_of_their_own(micro_config, run_directory, micro_overlay):
+    def overlays(**names):
+        return overlays_of(micro_config(run_directory, **{"serve.overlays": names}))
+
+    assert overlays(will=str(micro_overlay)) == {"bard": run_directory / "overlay", "will": micro_overlay}
+    for name in ("base", "bard"):
+        with pytest.raises(ConfigError, match=f"'{name}' is taken"):
+            overlays(**{name: str(micro_overlay)})
+    with pytest.raises(ArtefactError, match="for model 'will'"):
+        overlays(will="nowhere")
+
+
+def test_replicas_grow_with_load_when_they_may(micro_config, run_directory):
+    fixed = application(micro_config(run_directory, **{"serve.replicas": 2}))._bound_deployment
+    assert fixed.num_replicas == 2
+    growing = {"serve.replicas": 2, "serve.max_replicas": 5, "serve.target_ongoing_requests": 8}
+    deployment = application(micro_config(run_directory, **growing))._bound_deployment
+    scaling = deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 8)
+    with pytest.raises(ConfigError, match="max_replicas"):
+        micro_config(run_directory, **{"serve.replicas": 3, "serve.max_replicas": 2})
+
+
+def test_a_garbled_key_is_refused_before_ray_starts(micro_config, run_directory, monkeypatch):
+    monkeypatch.setenv("NEXUS_RAY_API_KEYS", "my-secret")
+    with pytest.raises(ConfigError, match="NEXUS_RAY_API_KEYS, line 1"):
+        application(micro_config(run_directory))
 
 
 def test_a_run_without_an_overlay_is_refused_before_ray_starts(micro_config, tmp_path):
@@ -111,9 +140,9 @@ def check_routes(client):
     assert lines.pop() == "[DONE]"
     deltas = [json.loads(line)["choices"][0]["delta"] for line in lines]
     assert "".join(delta.get("content", "") for delta in deltas) == contents["bard"]
-    [scores] = client.post("/v1/perplexity", json={"text": "thou art the king"}).json()["results"]
-    for which in ("base", "student"):
-        assert math.isclose(scores[which]["token_perplexity"], math.exp(scores[which]["nats_per_token"]))
+    [result] = client.post("/v1/perplexity", json={"text": "thou art the king"}).json()["results"]
+    for score in result["scores"].values():
+        assert math.isclose(score["token_perplexity"], math.exp(score["nats_per_token"]))
 
 
 def check_errors(client):

@@ -1,0 +1,1 @@
+"""The default engine: transformers' continuous batching, with base and overlays in the same batches."""

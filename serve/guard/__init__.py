@@ -1,0 +1,1 @@
+"""What stands around the routes: keys, limits, the access log and metrics, as ASGI middleware."""

@@ -1,0 +1,50 @@
+"""Answers that are sent when they are complete, and the counting of their tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from fastapi import Request
+
+from nexus_ray.generation.text import Piece
+from serve.schemas.answers import Usage
+from serve.service import Answer
+
+_LOOK_SECONDS = 0.25  # between looks at whether the client is still there
+
+
+async def gather(answers: Sequence[Answer], request: Request) -> list[tuple[int, list[Piece], Answer]]:
+    """(number, pieces, answer) of each answer; all of them stop when the client goes away or one fails."""
+    reading = asyncio.create_task(_read_all(answers))
+    watching = asyncio.create_task(_disconnect(request))
+    try:
+        await asyncio.wait({reading, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():  # nobody is there to read what is sent now
+            for answer in answers:
+                answer.cancel()
+        return [(index, pieces, answers[index]) for index, pieces in enumerate(await reading)]
+    finally:
+        watching.cancel()
+        for answer in answers:
+            answer.cancel()
+
+
+async def _read_all(answers: Sequence[Answer]) -> list[list[Piece]]:
+    return await asyncio.gather(*(_pieces(answer) for answer in answers))
+
+
+async def _pieces(answer: Answer) -> list[Piece]:
+    return [piece async for piece in answer]
+
+
+async def _disconnect(request: Request) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+def usage_of(answers: Sequence[Answer], choices: int) -> Usage:
+    """Token counts; a prompt of several choices counts once."""
+    prompt = sum(answer.prompt_tokens for answer in answers) // choices
+    completion = sum(answer.reading.completion_tokens for answer in answers)
+    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
