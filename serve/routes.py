@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from nexus_ray import __version__
 from serve.errors import as_api_error, install_handlers
+from serve.pages import add_pages
 from serve.schemas import (
     AnswerMessage,
     ChatCompletion,
@@ -61,6 +62,7 @@ def build_api(service: Service) -> FastAPI:
         """Perplexity of each text under one model, or under base and student side by side."""
         return await _perplexity(service, body)
 
+    add_pages(api)
     return api
 
 
