@@ -36,7 +36,7 @@ class Page {
   /** Show what the address names, and say what of it there is not. */
   read() {
     const { tab, models } = readAddress();
-    this.#show(tab in this.tabs ? tab : "chat");
+    this.#show(Object.hasOwn(this.tabs, tab) ? tab : "chat");
     const unknown = this.tab.open(models);
     const named = unknown.map((model) => `“${model}”`).join(", ");
     byId("notice").replaceChildren(
@@ -78,7 +78,7 @@ class Page {
   }
 
   #step(by) {
-    const names = TABS.filter((name) => name in this.tabs);
+    const names = TABS.filter((name) => Object.hasOwn(this.tabs, name));
     this.#go(names[(names.indexOf(this.name) + by + names.length) % names.length]);
   }
 }

@@ -173,7 +173,7 @@ function chartsOf(models, { tokens, scores }, moved) {
   const names = models.slice(1).map((model) => `${model} − ${models[0]}`);
   const difference = new LineChart({
     ...axis,
-    title: `Difference: ${names.join(", ")}`,
+    title: `Difference: ${names.join(", ")} (below zero, the student is better)`,
     yLabel: "nats per token",
     zero: true,
     series: names.map((name, m) => ({ name, style: m + 1, values: apart[m] })),

@@ -9,11 +9,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+class Stage:
+    """A server's application that can be another one for each test."""
+
+    app: ASGIApp
+    address: str = ""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand a request to the application of now (ASGI)."""
+        if scope["type"] == "http":
+            await self.app(scope, receive, send)
 
 
 @contextmanager
-def served(app: FastAPI) -> Iterator[str]:
+def served(app: ASGIApp) -> Iterator[str]:
     """Serve the application while the block runs; its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)

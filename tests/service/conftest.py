@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from browser import Stage, chromium, missing_browser, served
 from fastapi.testclient import TestClient
+from scripted_api import Script, scripted_api
 
 from nexus_ray.config import ModelSection
 from nexus_ray.generation.engine import Engine
@@ -31,3 +34,38 @@ def service(engine: Engine) -> Service:
 def client(service: Service) -> Iterator[TestClient]:
     with TestClient(build_api(service), raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """One headless Chromium for all tests of the page."""
+    if (reason := missing_browser()) is not None:
+        pytest.skip(reason)
+    with chromium() as driver:
+        yield driver
+
+
+@pytest.fixture(scope="session")
+def stage() -> Iterator[Stage]:
+    """One server for all tests of the page."""
+    stage = Stage()
+    with served(stage) as stage.address:
+        yield stage
+
+
+@pytest.fixture
+def script() -> Script:
+    """What the stand-in for the interface says."""
+    return Script()
+
+
+@pytest.fixture
+def page(stage: Stage, script: Script, browser: Any) -> Iterator[Any]:
+    """The page over the stand-in, not opened yet."""
+    from web_page import WebPage  # needs selenium, which may be missing
+
+    stage.app = scripted_api(script)
+    page = WebPage(browser, stage.address)
+    page.reset()
+    yield page
+    page.close()
