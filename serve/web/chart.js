@@ -47,7 +47,8 @@ export class LineChart {
 
   #listen() {
     this.plot.addEventListener("pointermove", (event) => this.#show(this.#positionOf(event)));
-    this.plot.addEventListener("pointerleave", () => this.#show(null));
+    this.plot.addEventListener("pointerleave", (event) => event.pointerType !== "touch" && this.#show(null));
+    this.plot.addEventListener("pointerdown", (event) => this.#show(this.#positionOf(event)));
     this.plot.addEventListener("focus", () => this.plot.matches(":focus-visible") && this.#show(this.#at ?? 0));
     this.plot.addEventListener("blur", () => this.#show(null));
     this.plot.addEventListener("keydown", (event) => this.#key(event));

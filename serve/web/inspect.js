@@ -3,6 +3,7 @@
 import { announce, byId } from "./dom.js";
 
 const MARGIN = 8; // pixels between token, details and the window's edge
+let shownFor = null; // the token whose details are shown
 
 /**
  * Let people look at the `.token` elements inside a container.
@@ -14,17 +15,16 @@ const MARGIN = 8; // pixels between token, details and the window's edge
 export function inspectable(container, describe, enabled = () => true) {
   let current = null;
   const choose = (token, heard) => {
-    current?.classList.remove("current");
     current = token;
-    if (!token || !enabled()) return hideDetails();
-    token.classList.add("current");
+    hideDetails();
+    if (!token || !enabled()) return;
     const { view, text } = describe(token);
     showDetails(token, view);
     if (heard) announce(text);
   };
   const tokenAt = (event) => event.target.closest?.(".token");
   container.addEventListener("pointerover", (event) => tokenAt(event) && choose(tokenAt(event), false));
-  container.addEventListener("pointerleave", () => choose(null));
+  container.addEventListener("pointerleave", (event) => event.pointerType !== "touch" && choose(null));
   container.addEventListener("focus", () => container.matches(":focus-visible") && choose(first(container), true));
   container.addEventListener("blur", () => choose(null));
   container.addEventListener("keydown", (event) => {
@@ -41,6 +41,7 @@ export function hideDetails() {
   const box = byId("details");
   const shown = !box.hidden;
   box.hidden = true;
+  shownFor?.classList.remove("current");
   return shown;
 }
 
@@ -59,13 +60,12 @@ function target(event, container, current) {
   return (forward ? current.nextElementSibling : current.previousElementSibling) ?? current;
 }
 
-let shownFor = null;
-
 function showDetails(token, view) {
   const box = byId("details");
   box.replaceChildren(view);
   box.hidden = false;
   shownFor = token;
+  token.classList.add("current");
   place(box);
 }
 
@@ -82,3 +82,4 @@ function place(box) {
 
 const follow = () => byId("details").hidden || place(byId("details"));
 document.addEventListener("scroll", follow, { capture: true, passive: true });
+document.addEventListener("pointerdown", (event) => event.target.closest?.(".token") || hideDetails());

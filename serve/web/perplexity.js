@@ -44,7 +44,7 @@ export class Perplexity {
   /** Choose what the address names; returns the ids that there are not. */
   open(models) {
     const known = models.filter((model) => this.choices.includes(model));
-    if (known.length) for (const box of this.boxes) box.checked = known.includes(box.value);
+    for (const box of this.boxes) box.checked = !known.length || known.includes(box.value);
     this.#refresh();
     return models.filter((model) => !known.includes(model));
   }

@@ -3,7 +3,7 @@
 import { copyText, h } from "./dom.js";
 import { Thread } from "./thread.js";
 
-const NEAR_END = 80; // pixels from the end within which the view follows what streams in
+const NEAR_END = 8; // pixels from the end within which the view follows what streams in
 
 export class Talk {
   #threads = new Map(); // one for each choice
@@ -130,7 +130,7 @@ export class Talk {
     if (!prompt || this.#thread.busy) return;
     this.input.value = "";
     this.#grow();
-    this.following = true;
+    Object.assign(this, { following: true, top: 0 });
     this.#thread.ask(prompt);
   }
 
@@ -144,8 +144,12 @@ export class Talk {
     this.input.style.height = `${this.input.scrollHeight + 2}px`;
   }
 
+  /** Keep the end in view, unless somebody went up to read, which the scroll event may not have told yet. */
   #follow() {
-    if (this.following) this.panel.scrollTop = this.panel.scrollHeight;
+    const { scrollTop, scrollHeight } = this.panel;
+    if (scrollTop < this.top - 1 && scrollHeight >= this.height) this.following = false;
+    if (this.following) this.panel.scrollTop = scrollHeight;
+    Object.assign(this, { top: this.panel.scrollTop, height: scrollHeight });
   }
 
   #refresh() {

@@ -137,6 +137,21 @@ def test_the_pointer_shows_probability_and_alternatives(page, script):
     page.until(lambda: not details.is_displayed())
 
 
+def test_a_touch_shows_the_details_until_the_next_one(page, script):
+    script.answers["base"] = Answer(pieces(Token(b"Good"), Token(b" morrow", -2.0)))
+    page.open()
+    page.set_colours(True)
+    page.say("Hail!")
+    page.touch(page.all(".content .token")[1])
+    page.one("#details", "2.00 nats")
+    page.touch(page.all(".content .token")[0])
+    page.one("#details", "0.50 nats")
+    assert len(page.all(".token.current")) == 1
+    page.touch(page.one(".prompt"))
+    page.gone("#details")
+    assert not page.all(".token.current")
+
+
 def test_the_arrow_keys_go_from_token_to_token_and_it_is_said(page, script):
     script.answers["base"] = Answer(pieces(*(Token(f" {word}".encode(), -1.0) for word in ("one", "two", "three"))))
     page.open()

@@ -7,6 +7,9 @@ from typing import Any
 
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.actions.action_builder import ActionBuilder
+from selenium.webdriver.common.actions.interaction import POINTER_TOUCH
+from selenium.webdriver.common.actions.pointer_input import PointerInput
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -83,6 +86,12 @@ class WebPage:
     def point_at(self, element: WebElement, dx: int = 0) -> None:
         """Put the mouse on an element, `dx` pixels from its middle."""
         ActionChains(self.driver).move_to_element_with_offset(element, dx, 0).perform()
+
+    def touch(self, element: WebElement) -> None:
+        """Touch an element with a finger, for a moment."""
+        finger = ActionBuilder(self.driver, mouse=PointerInput(POINTER_TOUCH, "finger"))
+        finger.pointer_action.move_to(element).pointer_down().pointer_up()
+        finger.perform()
 
     def js(self, code: str, *arguments: Any) -> Any:
         """What a piece of JavaScript returns."""
