@@ -12,6 +12,7 @@ from serve.guard.access_log import AccessLog
 from serve.guard.body_limit import BodyLimit
 from serve.guard.keys import KeyFile, RequireKey
 from serve.guard.metrics import Metrics
+from serve.pages import add_pages
 from serve.routes.chat import add_chat
 from serve.routes.completions import add_completions
 from serve.routes.operation import add_operation
@@ -43,6 +44,7 @@ def build_api(
     add_chat(api, service)
     add_completions(api, service)
     add_perplexity(api, service)
+    add_pages(api)
     # The last one added is outermost: refusals are logged as well.
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     if keys is not None:

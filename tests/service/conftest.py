@@ -1,15 +1,13 @@
 """Fixtures of the service tests: an engine over the micro student, and its HTTP interface without Ray."""
 
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-import uvicorn
-from fastapi import FastAPI
+from browser import Stage, chromium, missing_browser, served
 from fastapi.testclient import TestClient
+from scripted_api import Script, scripted_api
 
 from nexus_ray.config import ModelSection
 from nexus_ray.generation.assistant import Assistant
@@ -41,30 +39,50 @@ def client(service: Service) -> Iterator[TestClient]:
         yield client
 
 
-@contextmanager
-def listening(api: FastAPI) -> Iterator[str]:
-    """The address of an application on a real socket, while the block runs."""
-    server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "the server ended before it began"
-        time.sleep(0.01)
-    [listener] = server.servers
-    yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-
-
 @pytest.fixture(scope="session")
 def live(assistant: Assistant) -> Iterator[str]:
     """The interface on a real socket, for clients that bring their own HTTP."""
-    with listening(build_api(Service(assistant, 32))) as address:
+    with served(build_api(Service(assistant, 32))) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def live_and_short(assistant: Assistant) -> Iterator[str]:
     """The same with short answers, for many requests."""
-    with listening(build_api(Service(Assistant(assistant.engine, assistant.codec, max_new_tokens=3), 32))) as address:
+    with served(build_api(Service(Assistant(assistant.engine, assistant.codec, max_new_tokens=3), 32))) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """One headless Chromium for all tests of the page."""
+    if (reason := missing_browser()) is not None:
+        pytest.skip(reason)
+    with chromium() as driver:
+        yield driver
+
+
+@pytest.fixture(scope="session")
+def stage() -> Iterator[Stage]:
+    """One server for all tests of the page."""
+    stage = Stage()
+    with served(stage) as stage.address:
+        yield stage
+
+
+@pytest.fixture
+def script() -> Script:
+    """What the stand-in for the interface says."""
+    return Script()
+
+
+@pytest.fixture
+def page(stage: Stage, script: Script, browser: Any) -> Iterator[Any]:
+    """The page over the stand-in, not opened yet."""
+    from web_page import WebPage  # needs selenium, which may be missing
+
+    stage.app = scripted_api(script)
+    page = WebPage(browser, stage.address)
+    page.reset()
+    yield page
+    page.close()

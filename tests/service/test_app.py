@@ -120,6 +120,7 @@ def test_the_service_on_ray(ray_session, micro_config, run_directory, port):
             check_routes(client)
             check_errors(client)
             check_disconnect(client)
+            check_page(client)
         check_openai_client(port)
     finally:
         stop_service()
@@ -171,6 +172,16 @@ def long_answer(client):
         if whole.json()["usage"]["completion_tokens"] == 512:
             return long, whole.elapsed.total_seconds()
     raise AssertionError("every prompt ended early")
+
+
+def check_page(client):
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    module = client.get("/web/main.js")
+    assert module.headers["content-type"].startswith("text/javascript")
+    assert client.get("/web/main.js", headers={"If-None-Match": module.headers["etag"]}).status_code == 304
+    assert client.get("/web/..%2fapp.py").json()["error"]["code"] == "not_found"
 
 
 def check_openai_client(port):
