@@ -96,7 +96,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         folder = Path(scratch)
         config = write_config(folder, arguments.model, arguments.overlay, arguments.dtype)
         port = free_port()
-        with server(our_command(config, port, overrides), port, "/healthz", folder / "ours.log", arguments.threads) as at:
+        with server(
+            our_command(config, port, overrides), port, "/healthz", folder / "ours.log", arguments.threads
+        ) as at:
             run_load(at, base[: arguments.clients], arguments.clients)
             ours, both = run_load(at, base, arguments.clients), run_load(at, mixed, arguments.clients)
         found = {}

@@ -177,9 +177,20 @@ def _announce(config: Config) -> None:
     address = f"http://{f'[{host}]' if ':' in host else host}:{config.serve.port}"
     url = f"{address}/v1"
     name, *others = overlays_of(config)
-    logger.info("serving %s at %s; Ctrl-C stops", ", ".join(map(repr, (BASE, name, *others))), url)
+    models = ", ".join(map(repr, (BASE, name, *others)))
+    logger.info("serving %s; page: %s/ API: %s metrics: %s/metrics; Ctrl-C stops", models, address, url, address)
+    if not _is_loopback(config.serve.host) and not _has_keys(config):
+        logger.warning("anybody who reaches %s can use it: no API key is set (serve.api_keys)", config.serve.host)
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Good morrow!"}}]}}'
     logger.info("try: curl %s/chat/completions -H 'Content-Type: application/json' -d '%s'", url, body)
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def _has_keys(config: Config) -> bool:
+    return KeyFile(config.serve.api_keys, keys_of_environment()).required
 
 
 def _deployment_error(error: RuntimeError) -> NexusError:

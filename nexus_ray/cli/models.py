@@ -78,10 +78,30 @@ def _merge_check(directory: Path) -> None:
 
 @app.command()
 def serve(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = False, quiet: Quiet = False) -> None:
-    """Serve base and student over an OpenAI-compatible HTTP API (Ray Serve) until interrupted."""
+    """Serve base and students: web page and OpenAI-compatible API (Ray Serve), until interrupted."""
     from serve.app import run_service
 
     run_service(load(config, overrides, verbose, quiet, Config).config)
+
+
+@app.command(name="api-key")
+def api_key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="who it is for; stands in the access log")],
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", metavar="FILE", help="append the line to this file (serve.api_keys)")
+    ] = None,
+) -> None:
+    """Make a key for the HTTP service: it is shown once, and only its SHA-256 is kept."""
+    from nexus_ray.storage import write_text
+    from serve.guard.keys import new_key
+
+    key, line = new_key(name)
+    if file is not None:
+        before = file.read_text(encoding="utf-8") if file.exists() else ""
+        write_text(file, f"{before}{'' if before.endswith(chr(10)) or not before else chr(10)}{line}\n")
+    output.print(f"key, give it to {name}: {key}", highlight=False, soft_wrap=True, markup=False)
+    where = f"added to {file}" if file is not None else "line for the file that serve.api_keys names"
+    output.print(f"{where}: {line}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()

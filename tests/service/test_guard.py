@@ -10,6 +10,7 @@ import pytest
 from asking import BODY, HELLO, chat, error_of, events
 from fastapi.testclient import TestClient
 
+from nexus_ray.cli.main import run_command
 from nexus_ray.errors import ConfigError, NexusError
 from serve.api import build_api
 from serve.guard.keys import VARIABLE, KeyFile, keys_of_environment, new_key, parse_keys
@@ -258,3 +259,15 @@ def test_a_client_that_goes_away_ends_its_scoring(service, assistant):
             break
         ended.wait(0.05)
     assert assistant.engine.state().scoring == 0
+
+
+def test_the_command_makes_a_key_that_opens(tmp_path, service, capsys):
+    path = tmp_path / "keys"
+    keys = {}
+    for name in ("ann", "bob"):
+        assert run_command(["api-key", name, "--file", str(path)]) == 0
+        keys[name] = capsys.readouterr().out.split(": ", 1)[1].split()[0]
+    with client_of(service, keys=KeyFile(path, {})) as client:
+        for key in keys.values():
+            assert client.get("/v1/models", headers=bearer(key)).status_code == 200
+    assert not any(key in path.read_text() for key in keys.values())

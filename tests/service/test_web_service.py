@@ -42,10 +42,8 @@ def test_the_colours_are_of_the_model_s_own_probabilities(real_page):
     page.set_colours(True)
     page.say("Good morrow, who goes there?")
     content = page.js("return document.querySelector('.turn:last-child .content').textContent")
-    assert (
-        "".join(page.js("return [...document.querySelectorAll('.content .token')].map((t) => t.textContent)"))
-        == content
-    )
+    tokens = page.js("return [...document.querySelectorAll('.content .token')].map((token) => token.textContent)")
+    assert "".join(tokens) == content
     assert len({token.get_attribute("data-surprise") for token in page.all(".content .token")}) > 1
 
 
@@ -72,7 +70,7 @@ def test_a_perplexity_that_is_no_finite_number_has_no_value(real_page):
     page.click("#score")
     page.one("#results .scored")
     [row] = [row for row in page.all(".figures tbody tr") if "per word" in row.text]
-    assert [cell.text for cell in row.find_elements("css selector", "td")] == ["–", "–", "–"]
+    assert [cell.text for cell in row.find_elements("css selector", "td")] == ["\N{EN DASH}"] * 3
 
 
 def test_a_service_with_keys_asks_for_one_and_takes_it(page, stage, service, tmp_path):
