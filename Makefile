@@ -8,8 +8,10 @@ CONFIG ?= configs/demo.yaml
 BIN := .venv/bin
 # The stamp's name changes with the files that decide what is installed, so an unchanged set-up costs nothing.
 STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt tools/install.sh | cksum | cut -d' ' -f1)
+VLLM_FILES := pyproject.toml tools/vllm-constraints.txt tools/vllm_env.sh
+VLLM_STAMP := .venv-vllm/.installed-$(shell cat $(VLLM_FILES) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo serve test test-slow test-gpu lint format typecheck clean clean-all
+.PHONY: help setup vllm-env demo serve test test-slow test-gpu test-vllm lint format typecheck clean clean-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +22,12 @@ $(STAMP):
 	PYTHON=$(PYTHON) tools/install.sh
 	@rm -f .venv/.installed-* && touch $@
 
+vllm-env: $(VLLM_STAMP) ## create .venv-vllm with vLLM's CPU build and the plugin (3.5 GB)
+
+$(VLLM_STAMP):
+	PYTHON=$(PYTHON) tools/vllm_env.sh
+	@rm -f .venv-vllm/.installed-* && touch $@
+
 demo: setup ## run the whole pipeline on the embedded model (CONFIG=... for another configuration)
 	$(BIN)/nexus-ray run $(CONFIG)
 
@@ -27,13 +35,16 @@ serve: setup ## serve base and student of a finished run (CONFIG=... for another
 	$(BIN)/nexus-ray serve $(CONFIG)
 
 test: setup ## tests that need neither minutes nor a GPU
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not gpu and not vllm"
 
 test-slow: setup ## tests that take minutes each
-	$(BIN)/pytest -m "slow and not gpu" || [ $$? -eq 5 ]  # 5: there is none yet
+	$(BIN)/pytest -m "slow and not gpu and not vllm" || [ $$? -eq 5 ]  # 5: there is none yet
 
 test-gpu: setup ## tests that need a CUDA device
 	$(BIN)/pytest -m gpu || [ $$? -eq 5 ]
+
+test-vllm: setup vllm-env ## tests that serve an export with vLLM
+	$(BIN)/pytest -m "vllm and not gpu"
 
 lint: setup ## check style and format
 	$(BIN)/ruff check .
@@ -47,8 +58,8 @@ typecheck: setup ## check types strictly
 	$(BIN)/mypy
 
 clean: ## remove caches and build products
-	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 	rm -rf .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info
 
-clean-all: clean ## remove .venv and runs too
-	rm -rf .venv runs
+clean-all: clean ## remove .venv, .venv-vllm and runs too
+	rm -rf .venv .venv-vllm runs

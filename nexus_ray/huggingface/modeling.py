@@ -34,6 +34,19 @@ SHARED_EXPERT = ".shared_expert."
 _FAMILY = FAMILIES["gpt_oss"]
 
 
+def shared_expert_shape(config: NexusGptOssConfig) -> SharedExpertShape:
+    """Of one layer.
+
+    Raises:
+        ValueError: the configuration describes no shared experts.
+    """
+    described = config.shared_experts or {}
+    try:
+        return SharedExpertShape(config.hidden_size, int(described["width"]), bool(described["token_gate"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"config.json: shared_experts needs `width` and `token_gate`, but is {described}") from error
+
+
 class NexusGptOssDecoderLayer(GptOssDecoderLayer):
     """A GPT-OSS layer: routed experts in `mlp` as the configuration wants them, plus `shared_expert`.
 
@@ -51,7 +64,7 @@ class NexusGptOssDecoderLayer(GptOssDecoderLayer):
                 packed=config.packed_quantization_config is not None,
                 dtype=torch.get_default_dtype(),
             )
-        self.shared_expert = SharedExpert(_shape(config), activation)
+        self.shared_expert = SharedExpert(shared_expert_shape(config), activation)
         self.base_router = GptOssTopKRouter(config) if config.trained_routers != "none" else None
 
     def forward(self, hidden_states: Tensor, **attention: Any) -> Tensor:
@@ -143,14 +156,6 @@ class NexusGptOssForCausalLM(GptOssForCausalLM):
     def shared_experts_off(self) -> AbstractContextManager[None]:
         """Within the block, in this thread or task, the model computes exactly what its base does."""
         return shared_experts_off()
-
-
-def _shape(config: NexusGptOssConfig) -> SharedExpertShape:
-    described = config.shared_experts or {}
-    try:
-        return SharedExpertShape(config.hidden_size, int(described["width"]), bool(described["token_gate"]))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"config.json: shared_experts needs `width` and `token_gate`, but is {described}") from error
 
 
 def _initialise(module: nn.Module) -> None:
