@@ -17,6 +17,7 @@ import httpx
 from nexus_ray.errors import NexusError
 
 ROOT = Path(__file__).parents[1]
+TINY = ROOT / "assets" / "tiny-gpt-oss"  # the embedded model
 _START_SECONDS = 300
 _STOP_SECONDS = 60
 
@@ -79,24 +80,18 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def write_config(directory: Path, model: Path, overlay: Path, dtype: str) -> Path:
-    """A run directory with an overlay in it, and its configuration."""
-    run = directory / "bard"
+def run_of(folder: Path, model: Path, overlay: Path, dtype: str) -> list[str]:
+    """Overrides of the demo's configuration for a run directory `bard` that has this overlay."""
+    run = folder / "bard"
     run.mkdir()
     (run / "overlay").symlink_to(overlay.resolve())
-    text = ROOT / "assets" / "text"
-    config = directory / "serve.yaml"
-    config.write_text(
-        f"run: {{directory: {run}}}\n"
-        f"model: {{path: {model}, dtype: {dtype}}}\n"
-        f"data: {{sources: {{shakespeare: {{train: {text}/shakespeare.train.jsonl}}}}}}\n"
-    )
-    return config
+    return [f"run.directory={run}", f"model.path={model}", f"model.dtype={dtype}"]
 
 
-def our_command(config: Path, port: int, overrides: Sequence[str] = ()) -> list[str]:
-    """`nexus-ray serve` on a configuration."""
-    return [sys.executable, "-m", "nexus_ray", "serve", str(config), f"serve.port={port}", *overrides]
+def our_command(port: int, overrides: Sequence[str]) -> list[str]:
+    """`nexus-ray serve`."""
+    config = str(ROOT / "configs" / "demo.yaml")
+    return [sys.executable, "-m", "nexus_ray", "serve", config, f"serve.port={port}", *overrides]
 
 
 def transformers_command(model: Path, port: int, *, batching: bool) -> list[str]:

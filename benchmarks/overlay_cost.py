@@ -3,8 +3,8 @@
     python benchmarks/overlay_cost.py
 
 Claim: at least 0.8 of the base's speed on a CPU, in decoding (`decode_ratio`) and in prefilling (`prefill_ratio`). Both
-models answer the same prompts in turn, in rounds, by the engine without HTTP; a ratio is the median over the rounds. `mixed_decode_ratio`
-has half of the requests of a batch for each. Ends with one JSON object.
+models answer the same prompts in turn, in rounds, by the engine without HTTP; a ratio is the median over the rounds. In
+the mixed ratios half of the requests of a batch are for each. Ends with one JSON object.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ import httpx
 import openai
 import psutil
 from _common import command_line, print_result
-from _servers import ROOT, free_port, our_command, server, write_config
+from _servers import ROOT, free_port, our_command, run_of, server
 
 from nexus_ray.errors import NexusError
 
@@ -172,8 +172,8 @@ async def holding_on(address: str, connections: int) -> dict[str, Any]:
             break
     body = json.dumps(chat(512, stream=True)).encode()
     _, writer = await asyncio.open_connection(host, int(port))
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    writer.write(head.encode() + body)
+    fields = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    writer.write("\r\n".join([*fields, f"Content-Length: {len(body)}", "", ""]).encode() + body)
     async with httpx.AsyncClient(base_url=address, timeout=_TIMEOUT) as client:
         began = time.monotonic()
         response = await client.post("/v1/chat/completions", json=chat(16))
@@ -192,13 +192,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Two replicas for the kill, then one for the rest."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        config = write_config(folder, arguments.model, arguments.overlay, "bfloat16")
+        run = run_of(folder, arguments.model, arguments.overlay, "bfloat16")
         port = free_port()
-        with server(our_command(config, port, ["serve.replicas=2"]), port, "/healthz", folder / "two.log", 1) as at:
+        with server(our_command(port, [*run, "serve.replicas=2"]), port, "/healthz", folder / "two.log", 1) as at:
             killed = asyncio.run(killed_replica(at, arguments.requests, arguments.clients))
         port = free_port()
         limits = [f"serve.max_concurrent_requests={arguments.queue}", "resources.cpus_per_worker=2"]
-        with server(our_command(config, port, limits), port, "/healthz", folder / "one.log", 2) as at:
+        with server(our_command(port, [*run, *limits]), port, "/healthz", folder / "one.log", 2) as at:
             root = psutil.Process(os.getpid())
             overloaded = asyncio.run(overload(at, root, arguments.waves, arguments.at_once))
             left = asyncio.run(abandoned(at, 8))
@@ -217,9 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--requests", type=int, default=160, help="while a replica is killed (default 160)")
     parser.add_argument("--clients", type=int, default=16, help="of these at one time (default 16)")
-    parser.add_argument(
-        "--queue", type=int, default=16, help="serve.max_concurrent_requests under overload (default 16)"
-    )
+    parser.add_argument("--queue", type=int, default=16, help="serve.max_concurrent_requests then (default 16)")
     parser.add_argument("--waves", type=int, default=10, help="of overload (default 10)")
     parser.add_argument("--at-once", type=int, default=200, help="requests of a wave (default 200)")
     parser.add_argument("--idle", type=int, default=10_000, help="idle connections (default 10,000)")

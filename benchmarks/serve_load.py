@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from _common import command_line, print_result
 from _load import Load, run_load
-from _servers import ROOT, free_port, our_command, server, transformers_command, write_config
+from _servers import ROOT, TINY, free_port, our_command, run_of, server, transformers_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nexus_ray.console import progress
 
-_MODEL = ROOT / "assets" / "tiny-gpt-oss"
 _DOCUMENT_CHARACTERS = 300
 
 
@@ -94,11 +93,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        config = write_config(folder, arguments.model, arguments.overlay, arguments.dtype)
+        overrides += run_of(folder, arguments.model, arguments.overlay, arguments.dtype)
         port = free_port()
-        with server(
-            our_command(config, port, overrides), port, "/healthz", folder / "ours.log", arguments.threads
-        ) as at:
+        with server(our_command(port, overrides), port, "/healthz", folder / "ours.log", arguments.threads) as at:
             run_load(at, base[: arguments.clients], arguments.clients)
             ours, both = run_load(at, base, arguments.clients), run_load(at, mixed, arguments.clients)
         found = {}
@@ -134,7 +131,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="in all; default: 4 a client")
     parser.add_argument("--sequential", type=int, default=16, help="requests for what takes one at a time (default 16)")
     parser.add_argument("--tokens", type=int, default=64, help="most tokens of an answer (default 64)")
-    parser.add_argument("--model", type=Path, default=_MODEL, help="default: the embedded one")
+    parser.add_argument("--model", type=Path, default=TINY, help="default: the embedded one")
     parser.add_argument("--overlay", type=Path, default=ROOT / "runs" / "demo" / "overlay", help="of `make demo`")
     parser.add_argument("--experts", default="packed", help="model.experts of our service (default packed)")
     parser.add_argument("--dtype", default="bfloat16", help="of all of them (default bfloat16, as stored)")
