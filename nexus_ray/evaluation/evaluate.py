@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nexus_ray.cluster import map_over_pool
@@ -16,6 +16,7 @@ from nexus_ray.data.sources import Shard
 from nexus_ray.data.unreadable import UnreadableRows
 from nexus_ray.errors import ArtefactError
 from nexus_ray.evaluation.expert_load import compare_loads
+from nexus_ray.evaluation.lm_eval_tasks import check_tasks, run_tasks
 from nexus_ray.evaluation.routers import MomentsPair
 from nexus_ray.evaluation.scorer import PairedScorer
 from nexus_ray.evaluation.summary import source_result
@@ -35,29 +36,33 @@ class Evaluation:
             every confidence_interval is [low, high]. `router_change` holds the figures of `router/comparison.py`,
             `router_load` those of `evaluation/expert_load.py`. `docs/evaluation.md` says what each number means.
         samples: [{source, prompt, base, student}], greedy continuations.
+        tasks: what `run_tasks` of `evaluation/lm_eval_tasks.py` returns; None without tasks.
     """
 
     sources: dict[str, dict[str, Any]]
     samples: list[dict[str, Any]] = field(default_factory=list)
+    tasks: dict[str, Any] | None = None
 
 
 def evaluate(config: Config, layout: RunLayout) -> Evaluation:
-    """Score base and student on the held-out text of every source that has some.
+    """Score base and student on the held-out text of every source that has some, and run the configured tasks.
 
     Args:
         config: the run.
         layout: its paths; the trained overlay must exist.
 
     Raises:
-        ConfigError: no source has held-out text.
+        ConfigError: no source has held-out text, or a task cannot be run.
         DataError: a source's held-out text is shorter than two units.
         ArtefactError: there is no trained overlay, or it gives NaN or infinite losses or router logits.
     """
     if not layout.overlay.exists():
         raise ArtefactError(f"no trained overlay at {layout.overlay}", "run `nexus-ray train CONFIG`")
+    check_tasks(config.evaluate.lm_eval)
     shards, items = plan_scoring(config)
     worker = {"config": config, "overlay": layout.overlay}
-    return merge(shards, map_over_pool(PairedScorer, worker, items, config.resources, "evaluate"), config)
+    scored = merge(shards, map_over_pool(PairedScorer, worker, items, config.resources, "evaluate"), config)
+    return replace(scored, tasks=run_tasks(config, layout))
 
 
 def merge(shards: Sequence[Shard], rows: Iterable[dict[str, Any]], config: Config) -> Evaluation:

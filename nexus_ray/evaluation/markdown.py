@@ -8,6 +8,7 @@ from nexus_ray.evaluation.sections.continuations import continuations
 from nexus_ray.evaluation.sections.parts import figure, table
 from nexus_ray.evaluation.sections.perplexity import perplexity
 from nexus_ray.evaluation.sections.routers import router_drift
+from nexus_ray.evaluation.sections.tasks import task_summary, tasks
 from nexus_ray.evaluation.wording import by_role, duration, headline, size
 
 _FEW = 30  # units; below it percentile intervals are known to be too narrow
@@ -21,8 +22,9 @@ def render(report: dict[str, Any], figures: dict[str, str]) -> str:
         figures: relative paths of the figures by kind: perplexity, drift, training.
     """
     sections = [
-        ["# Evaluation report", headline(report["evaluation"], report["run"]["confidence"])],
+        ["# Evaluation report", headline(report["evaluation"], report["run"]["confidence"]), *task_summary(report)],
         perplexity(report, figures),
+        tasks(report),
         continuations(report),
         router_drift(report, figures),
         _overlay(report),

@@ -36,7 +36,7 @@ def evaluate_and_report(config: Config, layout: RunLayout) -> dict[str, Any]:
     started = time.monotonic()
     found = evaluate(config, layout)
     seconds = round(time.monotonic() - started, 2)
-    return write_report(config, layout, found.sources, seconds, samples=found.samples)
+    return write_report(config, layout, found.sources, seconds, samples=found.samples, tasks=found.tasks)
 
 
 def write_report(
@@ -46,6 +46,7 @@ def write_report(
     seconds: float | None = None,
     *,
     samples: Sequence[dict[str, Any]] = (),
+    tasks: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Draw the figures and write `report.json` and `report.md`.
 
@@ -55,6 +56,7 @@ def write_report(
         evaluation: results by source, as `Evaluation.sources` holds them.
         seconds: how long that took.
         samples: greedy continuations, as `Evaluation.samples` holds them.
+        tasks: of lm-eval, as `Evaluation.tasks` holds them.
 
     Returns:
         The report, as in `report.json`.
@@ -63,7 +65,7 @@ def write_report(
         ArtefactError: the overlay's description is missing or damaged.
         StorageError: the file system refused.
     """
-    report = build_report(config, layout, evaluation, seconds) | {"samples": list(samples)}
+    report = build_report(config, layout, evaluation, seconds) | {"samples": list(samples), "tasks": tasks}
     figures = _draw(layout, evaluation)
     write_text(layout.report.with_suffix(".md"), render(report, figures))
     write_json(layout.report, report)

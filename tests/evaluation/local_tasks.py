@@ -37,6 +37,7 @@ test_split: test
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
 doc_to_choice: "{{{{choices}}}}"
+target_delimiter: ""
 metric_list:
   - metric: acc
     aggregation: mean

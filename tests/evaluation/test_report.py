@@ -78,6 +78,7 @@ def test_the_json_holds_the_numbers_at_the_promised_places(config: Config, layou
         "stages",
         "selection",
         "samples",
+        "tasks",
     ]
     assert report["evaluation"]["play"]["student"]["token_perplexity"] == 106.0
     assert report["evaluation"]["prose"]["base"]["token_perplexity"] == 51.0
