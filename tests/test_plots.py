@@ -233,8 +233,9 @@ def test_drift_draws_one_line_a_source_in_each_panel(tmp_path: Path, drawn: list
 
 def test_the_busiest_expert_of_the_base_is_drawn_beside_the_students(tmp_path: Path, drawn: list[Figure]):
     plots.plot_drift(BETTER, tmp_path / "figure.png")
-    grey = [line for line in drawn[0].axes[5].get_lines() if line.get_color() == plot_style.GREY]
-    assert grey[0].get_ydata().tolist() == BETTER["play"]["router_load"]["base_peak"]
+    hollow = [line for line in drawn[0].axes[5].get_lines() if line.get_markerfacecolor() == "none"]
+    assert hollow[0].get_ydata().tolist() == BETTER["play"]["router_load"]["base_peak"]
+    assert hollow[0].get_linestyle() == "None"
 
 
 def test_perplexities_far_apart_get_a_logarithmic_axis(tmp_path: Path, drawn: list[Figure]):

@@ -23,7 +23,7 @@ _TOKEN_DRIFT = (
 _LOAD_DRIFT = (
     ("router_load", "total_variation", "Load moved to other experts", "share of selections"),
     ("router_load", "largest_ratio", "Largest change of one expert's load", "factor, up or down"),
-    ("router_load", "student_peak", "Busiest expert (base: thin grey)", "multiple of an even share"),
+    ("router_load", "student_peak", "Busiest expert (base: hollow)", "multiple of an even share"),
 )
 _SHARES = ("tv", "top_k_overlap", "total_variation")
 
@@ -47,14 +47,15 @@ def _drift_panel(axes: Any, evaluation: Mapping[str, Any], group: str, measure: 
     for index, (name, result) in enumerate(by_role(evaluation).items()):
         values = result[group][measure]
         line = look.series(index, dashed=result["role"] != "domain")
-        if measure == "student_peak":
-            base = result[group]["base_peak"]
-            axes.plot(range(len(base)), base, color=look.GREY, linewidth=1, linestyle=line["linestyle"], zorder=1)
         axes.plot(range(len(values)), values, label=f"{name} ({result['role']})", **line)
+        if measure == "student_peak":
+            hollow = {"linestyle": "", "markerfacecolor": "none", "markersize": 9}
+            axes.plot(range(len(values)), result[group]["base_peak"], **line | hollow)
     if measure in _SHARES:
         axes.yaxis.set_major_formatter(_PERCENT)
-    if measure == "largest_ratio":
-        axes.axhline(1, color=look.PALE, linewidth=1.2, zorder=0)
+    if group == "router_load" and measure not in _SHARES:
+        axes.axhline(1, color=look.GREY, linewidth=1, linestyle=":", zorder=0)
+        look.log_when_wide(axes)
     elif measure != "top_k_overlap":
         look.from_zero(axes)
 
