@@ -53,16 +53,17 @@ def evaluate(config: Config, layout: RunLayout) -> Evaluation:
 
     Raises:
         ConfigError: no source has held-out text, or a task cannot be run.
-        DataError: a source's held-out text is shorter than two units.
+        DataError: a source's held-out text is shorter than two units, or the data of a task cannot be had.
         ArtefactError: there is no trained overlay, or it gives NaN or infinite losses or router logits.
     """
     if not layout.overlay.exists():
         raise ArtefactError(f"no trained overlay at {layout.overlay}", "run `nexus-ray train CONFIG`")
     check_tasks(config.evaluate.lm_eval)
     shards, items = plan_scoring(config)
+    tasks = run_tasks(config, layout)  # first: data that cannot be had is found before hours of scoring, not after
     worker = {"config": config, "overlay": layout.overlay}
     scored = merge(shards, map_over_pool(PairedScorer, worker, items, config.resources, "evaluate"), config)
-    return replace(scored, tasks=run_tasks(config, layout))
+    return replace(scored, tasks=tasks)
 
 
 def merge(shards: Sequence[Shard], rows: Iterable[dict[str, Any]], config: Config) -> Evaluation:

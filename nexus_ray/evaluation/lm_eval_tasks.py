@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nexus_ray.cluster import map_over_pool, set_worker_threads
 from nexus_ray.config import Config, LmEvalSection
-from nexus_ray.errors import ConfigError
+from nexus_ray.errors import ConfigError, DataError
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import LoadedModel
 
@@ -95,10 +95,24 @@ class TaskRunner:
         self._lm = _wrapped(self._student, self._section, config.evaluate.batch_sequences)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Run one task with both models."""
+        """Run one task with both models.
+
+        Raises:
+            DataError: it cannot be loaded.
+        """
+        self._require_loadable(row["task"])
         with self._student.base():
             base = self._run(row["task"])
         return {"task": row["task"], "results": json.dumps(compare_results(base, self._run(row["task"])))}
+
+    def _require_loadable(self, task: str) -> None:
+        try:
+            self._manager.load([task])
+        except Exception as error:  # datasets, YAML and functions of a task file may raise anything
+            raise DataError(
+                f"lm-eval cannot load the task {task!r}: {type(error).__name__}: {error}",
+                "check its file and its data; data from the Hugging Face hub needs a network, or a copy in its cache",
+            ) from error
 
     def _run(self, task: str) -> Results:
         from lm_eval import simple_evaluate

@@ -13,7 +13,7 @@ import torch
 from evaluation.local_tasks import write_choice_task, write_rolling_task
 
 from nexus_ray.data.packing import separator_id
-from nexus_ray.errors import ConfigError
+from nexus_ray.errors import ConfigError, DataError
 from nexus_ray.evaluation.lm_eval_tasks import TaskRunner, check_tasks, compare_results
 from nexus_ray.evaluation.sections.tasks import difference_interval, outcome, task_summary, tasks
 from nexus_ray.evaluation.wording import Outcome
@@ -120,6 +120,15 @@ def test_a_limit_is_of_documents(with_tasks):
 
 
 @pytest.mark.usefixtures("local_cache")
+def test_a_task_whose_data_is_missing_is_named(with_tasks, tmp_path):
+    (tmp_path / "tasks" / "choose_a_word.jsonl").unlink()
+    config = with_tasks()
+    runner = TaskRunner(config, RunLayout(config.run.directory).overlay)
+    with pytest.raises(DataError, match=r"cannot load the task 'choose_a_word': .*choose_a_word\.jsonl"):
+        runner({"task": "choose_a_word"})
+
+
+@pytest.mark.usefixtures("local_cache")
 def test_lm_evals_wrapper_leaves_the_model_as_it_is(with_tasks):
     config = with_tasks(limit=2)
     ids = torch.arange(40)[None]
@@ -131,6 +140,7 @@ def test_lm_evals_wrapper_leaves_the_model_as_it_is(with_tasks):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_cache", "ray_session")
 def test_the_stage_runs_tasks_on_ray_and_reports_them(with_tasks):
     from nexus_ray.evaluation.report import evaluate_and_report
