@@ -61,6 +61,15 @@ class Run:
         """Identity of the held-out text."""
         return describe_files(self.config.data, "heldout")
 
+    @cached_property
+    def task_files(self) -> list[list[str]]:
+        """[name, digest] of every file beside lm-eval tasks of one's own; none without them."""
+        section = self.config.evaluate.lm_eval
+        directory = section.include_path if section is not None else None
+        files = sorted(directory.rglob("*")) if directory is not None else []
+        kept = [file for file in files if file.is_file() and "__pycache__" not in file.parts]
+        return [[str(file.relative_to(str(directory))), sha256_file(file)] for file in kept]
+
     def recipe(self, name: str) -> str:
         """Digest of everything that decides the result of a stage."""
         stage = BY_NAME[name]

@@ -175,6 +175,12 @@ def _unfinished_training(layout: RunLayout) -> str:
     return f"a training that has reached step {steps}" if steps else ""
 
 
+def _check_tasks(config: Config) -> None:
+    from nexus_ray.evaluation.lm_eval_tasks import check_tasks
+
+    check_tasks(config.evaluate.lm_eval)
+
+
 def _evaluate(run: Run, recipe: str) -> None:
     from nexus_ray.evaluation.report import evaluate_and_report
 
@@ -262,9 +268,11 @@ ALL = (
             "evaluate": _dump(run.config.evaluate),
             "text": run.heldout_text,
             "roles": run.config.roles(),
+            "tasks": run.task_files,
             **_predicted(run, [name for name, source in run.config.data.sources.items() if source.heldout]),
         },
         lambda layout: (layout.report, layout.report.with_suffix(".md")),
+        ahead=_check_tasks,
     ),
 )
 BY_NAME = {stage.name: stage for stage in ALL}

@@ -219,11 +219,23 @@ def test_smoothing_is_a_share_of_the_run(tmp_path: Path, drawn: list[Figure]):
     assert np.abs(np.diff(smoothed)).sum() < np.abs(np.diff(raw)).sum()
 
 
-def test_drift_draws_one_line_a_source_in_each_of_three_panels(tmp_path: Path, drawn: list[Figure]):
+def test_drift_draws_one_line_a_source_in_each_panel(tmp_path: Path, drawn: list[Figure]):
     plots.plot_drift(BETTER, tmp_path / "figure.png")
-    assert [len(axes.get_lines()) for axes in drawn[0].axes] == [2, 2, 2]
-    assert drawn[0].axes[0].get_lines()[0].get_ydata().tolist() == BETTER["play"]["router_drift"]["kl"]
-    assert drawn[0].axes[0].get_lines()[0].get_linestyle() != drawn[0].axes[0].get_lines()[1].get_linestyle()
+    panels = drawn[0].axes
+    named = [[line for line in axes.get_lines() if not str(line.get_label()).startswith("_")] for axes in panels]
+    assert [len(lines) for lines in named] == [2] * 6
+    measures = [("router_drift", name) for name in ("kl", "tv", "top_k_overlap")]
+    measures += [("router_load", name) for name in ("total_variation", "largest_ratio", "student_peak")]
+    for lines, (group, name) in zip(named, measures, strict=True):
+        assert lines[0].get_ydata().tolist() == BETTER["play"][group][name]
+    assert named[0][0].get_linestyle() != named[0][1].get_linestyle()
+
+
+def test_the_busiest_expert_of_the_base_is_drawn_beside_the_students(tmp_path: Path, drawn: list[Figure]):
+    plots.plot_drift(BETTER, tmp_path / "figure.png")
+    hollow = [line for line in drawn[0].axes[5].get_lines() if line.get_markerfacecolor() == "none"]
+    assert hollow[0].get_ydata().tolist() == BETTER["play"]["router_load"]["base_peak"]
+    assert hollow[0].get_linestyle() == "None"
 
 
 def test_perplexities_far_apart_get_a_logarithmic_axis(tmp_path: Path, drawn: list[Figure]):

@@ -84,6 +84,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _stride_fits_its_windows(self) -> Self:
+        stride, length = self.evaluate.stride, self.data.sequence_length
+        if stride is not None and stride > length:
+            raise ValueError(
+                f"evaluate.stride={stride} is more than data.sequence_length={length}: text would be left out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sources_exist(self) -> Self:
         _require_known(self.train.sources, self.data.sources, "train.sources")
         _require_known(self.select.sources or (), self.data.sources, "select.sources")

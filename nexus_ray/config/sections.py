@@ -232,13 +232,55 @@ class TargetsSection(Section):
         return layers
 
 
+class ContinuationsSection(Section):
+    """Texts that base and student continue side by side, greedily, to be read."""
+
+    prompts: tuple[str, ...] = Field((), description="beginnings of text of your own, before those of the sources")
+    per_source: int = Field(1, ge=0, description="held-out documents of each source whose beginnings are continued")
+    prompt_tokens: int = Field(32, ge=1, description="tokens of such a beginning")
+    tokens: int = Field(48, ge=1, description="tokens of each continuation at most, the most likely ones")
+
+
+class LmEvalSection(Section):
+    """Tasks of lm-eval, with base and student (pip install 'nexus-ray[eval]')."""
+
+    tasks: tuple[str, ...] = Field(min_length=1, description="names of tasks or groups, as lm-eval lists them")
+    include_path: Path | None = Field(None, description="directory with task files (YAML) of your own")
+    limit: int | None = Field(None, ge=1, description="documents of each task, from its beginning; default: all")
+    num_fewshot: int | None = Field(None, ge=0, description="examples in the prompt; default: as each task says")
+    max_length: int | None = Field(
+        None, ge=2, description="tokens that a prompt or window has at most; default: the model's context, at most 4096"
+    )
+
+
 class EvaluateSection(Section):
     """Base against student on held-out text."""
 
-    batch_sequences: int = Field(8, ge=1)
-    max_sequences_per_source: int | None = Field(None, ge=2, description="default: all held-out text")
+    windows: Literal["packed", "rolling"] = Field(
+        "packed",
+        description="packed: documents joined and cut into sequences, as in training; rolling: each document on its "
+        "own in windows of data.sequence_length, as lm-eval's rolling log-likelihood",
+    )
+    stride: int | None = Field(
+        None,
+        ge=1,
+        description="tokens that a rolling window scores after the first, each with at least data.sequence_length - "
+        "stride + 1 tokens before it; default: data.sequence_length, windows that overlap by one token",
+    )
+    batch_sequences: int = Field(8, ge=1, description="sequences or windows of one forward pass")
+    max_sequences_per_source: int | None = Field(
+        None, ge=2, description="packed sequences, or documents in rolling windows; default: all held-out text"
+    )
     bootstrap_samples: int = Field(2000, ge=100)
     confidence: float = Field(0.95, gt=0, lt=1)
+    samples: ContinuationsSection = ContinuationsSection()
+    lm_eval: LmEvalSection | None = None
+
+    @model_validator(mode="after")
+    def _stride_is_of_rolling_windows(self) -> Self:
+        if self.stride is not None and self.windows != "rolling":
+            raise ValueError("stride is of rolling windows: set evaluate.windows=rolling, or leave stride out")
+        return self
 
 
 class ServeSection(Section):

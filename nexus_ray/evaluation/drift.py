@@ -46,9 +46,12 @@ class DriftSums:
         )
 
     def means(self) -> dict[str, list[float]]:
-        """Means over tokens, a list of layers for each of `kl`, `l1` and `top_k_overlap`."""
+        """Means over tokens, a list of layers for each of `kl`, `l1`, `tv` and `top_k_overlap`.
+
+        `tv` is the total variation distance, half of `l1`: the probability that went to other experts, 0 to 1.
+        """
         assert self.tokens > 0, "drift over no token has no mean"
-        sums = {"kl": self.kl, "l1": self.l1, "top_k_overlap": self.top_k_overlap}
+        sums = {"kl": self.kl, "l1": self.l1, "tv": self.l1 / 2, "top_k_overlap": self.top_k_overlap}
         return {name: [float(value) for value in values / self.tokens] for name, values in sums.items()}
 
 

@@ -1,15 +1,17 @@
-"""Perplexity of two models on the same sequences, and how sure one can be of the difference.
+"""Perplexity of two models on the same text, and how sure one can be of the difference.
 
-Everything is a sum over sequences, so that results of shards add up exactly: negative log-likelihoods in nats,
-predicted tokens, and the UTF-8 bytes that those tokens stand for. Confidence intervals come from a paired
-bootstrap over sequences: both models are resampled together, which removes the variance that they share.
+Everything is a sum over units, sequences or documents, so that results of shards add up exactly: negative
+log-likelihoods in nats, predicted tokens, and the words and UTF-8 bytes that those tokens stand for. Confidence
+intervals come from a paired bootstrap over units: both models are resampled together, which removes the variance that
+they share.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,37 +28,53 @@ _CHUNK_BYTES = 64 << 20  # of float32 log-probabilities, or of bootstrap weights
 
 @dataclass(frozen=True)
 class PairedLosses:
-    """What base and student lose on each of the same sequences.
+    """What base and student lose on each of the same units, sequences or documents.
 
     Attributes:
-        base_nats: [sequences] negative log-likelihood of the sequence's targets under the base.
-        student_nats: [sequences] the same under the student.
-        targets: [sequences] predicted tokens.
-        num_bytes: [sequences] UTF-8 bytes of the predicted tokens.
+        base_nats: [units] negative log-likelihood of the unit's targets under the base.
+        student_nats: [units] the same under the student.
+        targets: [units] predicted tokens.
+        num_bytes: [units] UTF-8 bytes of what is predicted.
+        words: [units] words of it.
     """
 
     base_nats: NDArray[np.float64]
     student_nats: NDArray[np.float64]
     targets: NDArray[np.int64]
     num_bytes: NDArray[np.int64]
+    words: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @classmethod
     def concatenate(cls, parts: Sequence[PairedLosses]) -> PairedLosses:
-        """Join the sequences of several parts, in order; none gives an empty set."""
-        return cls(
-            np.concatenate([np.zeros(0), *(part.base_nats for part in parts)]),
-            np.concatenate([np.zeros(0), *(part.student_nats for part in parts)]),
-            np.concatenate([np.zeros(0, np.int64), *(part.targets for part in parts)]),
-            np.concatenate([np.zeros(0, np.int64), *(part.num_bytes for part in parts)]),
-        )
+        """Join the units of several parts, in order; none gives an empty set."""
+        nats = (np.concatenate([np.zeros(0), *columns]) for columns in _columns(parts, "base_nats", "student_nats"))
+        counts = _columns(parts, "targets", "num_bytes", "words")
+        return cls(*nats, *(np.concatenate([np.zeros(0, np.int64), *columns]) for columns in counts))
+
+    def summed(self, units: NDArray[np.int64]) -> PairedLosses:
+        """The sums over rows of the same unit, whose numbers are from 0 up, none left out.
+
+        Args:
+            units: [rows] the unit that each entry belongs to.
+        """
+
+        def total(values: NDArray[Any]) -> NDArray[np.float64]:
+            return np.bincount(units, values).astype(np.float64)
+
+        counts = (total(values).astype(np.int64) for values in (self.targets, self.num_bytes, self.words))
+        return PairedLosses(total(self.base_nats), total(self.student_nats), *counts)
 
     def with_targets(self) -> PairedLosses:
-        """Without the sequences in which nothing is predicted: they say nothing."""
+        """Without the units in which nothing is predicted: they say nothing."""
         kept = self.targets > 0
-        return PairedLosses(self.base_nats[kept], self.student_nats[kept], self.targets[kept], self.num_bytes[kept])
+        return PairedLosses(*(getattr(self, column.name)[kept] for column in fields(self)))
+
+
+def _columns(parts: Sequence[PairedLosses], *names: str) -> list[list[NDArray[Any]]]:
+    return [[getattr(part, name) for part in parts] for name in names]
 
 
 @dataclass(frozen=True)
@@ -123,18 +141,18 @@ def bits_per_byte(total_nats: float, total_bytes: float) -> float:
 
 
 def paired_bootstrap(losses: PairedLosses, samples: int, confidence: float, seed: int) -> Intervals:
-    """Percentile bootstrap over sequences, base and student resampled together.
+    """Percentile bootstrap over units, base and student resampled together.
 
-    Each sample draws as many sequences as there are, with replacement (Efron & Tibshirani, An Introduction to the
+    Each sample draws as many units as there are, with replacement (Efron & Tibshirani, An Introduction to the
     Bootstrap, 1993, chapter 13). It measures how the held-out text varies, not how training runs vary.
 
     Args:
-        losses: at least two sequences.
+        losses: at least two units.
         samples: bootstrap samples.
         confidence: coverage of the intervals, e.g. 0.95.
         seed: the same seed gives the same intervals.
     """
-    assert len(losses) >= 2, "a bootstrap over fewer than two sequences says nothing"
+    assert len(losses) >= 2, "a bootstrap over fewer than two units says nothing"
     columns = np.stack(
         [losses.base_nats, losses.student_nats, losses.student_nats - losses.base_nats, losses.targets],
         axis=1,
@@ -149,13 +167,13 @@ def paired_bootstrap(losses: PairedLosses, samples: int, confidence: float, seed
     )
 
 
-def _resampled_counts(sequences: int, samples: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """How often each sequence is drawn, [some samples, sequences] at a time."""
+def _resampled_counts(units: int, samples: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """How often each unit is drawn, [some samples, units] at a time."""
     generator = np.random.default_rng(seed)
-    share = np.full(sequences, 1 / sequences)
-    size = max(1, _CHUNK_BYTES // (8 * sequences))
+    share = np.full(units, 1 / units)
+    size = max(1, _CHUNK_BYTES // (8 * units))
     for start in range(0, samples, size):
-        yield generator.multinomial(sequences, share, size=min(size, samples - start)).astype(np.float64)
+        yield generator.multinomial(units, share, size=min(size, samples - start)).astype(np.float64)
 
 
 def _interval(values: NDArray[np.float64], confidence: float) -> Interval:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,29 @@ def evaluate_and_report(config: Config, layout: RunLayout) -> dict[str, Any]:
     from nexus_ray.evaluation.evaluate import evaluate
 
     started = time.monotonic()
-    evaluation = evaluate(config, layout)
-    return write_report(config, layout, evaluation, round(time.monotonic() - started, 2))
+    found = evaluate(config, layout)
+    seconds = round(time.monotonic() - started, 2)
+    return write_report(config, layout, found.sources, seconds, samples=found.samples, tasks=found.tasks)
 
 
 def write_report(
-    config: Config, layout: RunLayout, evaluation: dict[str, Any], seconds: float | None = None
+    config: Config,
+    layout: RunLayout,
+    evaluation: dict[str, Any],
+    seconds: float | None = None,
+    *,
+    samples: Sequence[dict[str, Any]] = (),
+    tasks: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Draw the figures and write `report.json` and `report.md`.
 
     Args:
         config: the run.
         layout: where its artefacts are.
-        evaluation: what `evaluate` returned.
+        evaluation: results by source, as `Evaluation.sources` holds them.
         seconds: how long that took.
+        samples: greedy continuations, as `Evaluation.samples` holds them.
+        tasks: of lm-eval, as `Evaluation.tasks` holds them.
 
     Returns:
         The report, as in `report.json`.
@@ -56,7 +65,7 @@ def write_report(
         ArtefactError: the overlay's description is missing or damaged.
         StorageError: the file system refused.
     """
-    report = build_report(config, layout, evaluation, seconds)
+    report = build_report(config, layout, evaluation, seconds) | {"samples": list(samples), "tasks": tasks}
     figures = _draw(layout, evaluation)
     write_text(layout.report.with_suffix(".md"), render(report, figures))
     write_json(layout.report, report)
@@ -77,6 +86,8 @@ def build_report(
             "confidence": config.evaluate.confidence,
             "bootstrap_samples": config.evaluate.bootstrap_samples,
             "max_sequences_per_source": config.evaluate.max_sequences_per_source,
+            "windows": config.evaluate.windows,
+            "stride": config.evaluate.stride,
         },
         "base": {"path": str(config.model.path), "fingerprint": overlay["base_fingerprint"]},
         "overlay": overlay,

@@ -55,7 +55,7 @@ class PairedRouters:
         Args:
             base: [sequences, length, layers, experts] router logits of the base.
             student: the same of the student.
-            valid: [sequences, length] true on tokens, false on padding.
+            valid: [sequences, length] true on the tokens that count.
             half: [sequences] 0 or 1, the half of the text that each sequence belongs to.
             top_k: experts that the router selects.
             names: of the sequences, for messages; default: their numbers.
@@ -99,3 +99,8 @@ class MomentsPair:
         """Both models, layer by layer."""
         base, student = (merge.merged for merge in self._merges)
         return compare_routers(base, student)
+
+    def selected(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[layers, experts] how often base and student selected each expert."""
+        base, student = (merge.merged.both_halves().selected[0] for merge in self._merges)
+        return base, student

@@ -1,7 +1,8 @@
 """Turning a comparison into words that the confidence interval supports.
 
-A difference is claimed only when the interval of the perplexity ratio excludes 1, and "within 2 %" only when the
-whole interval lies within 2 % of 1.
+A difference is claimed only when the interval of the perplexity ratio excludes 1, "within 2 %" only when the whole
+interval lies within 2 % of 1, and "at most 2 % worse" when its upper end does: an improvement is never held against a
+student, however large.
 """
 
 from __future__ import annotations
@@ -35,8 +36,16 @@ def classify(interval: Sequence[float]) -> Outcome:
 
 def supported_bound(interval: Sequence[float]) -> int | None:
     """Smallest of 1, 2, 5, 10 percent that the whole interval of the ratio stays within; None past all."""
-    furthest = max(abs(bound - 1) for bound in interval) * 100
-    return next((bound for bound in _BOUNDS_PERCENT if furthest <= bound), None)
+    return _smallest_bound(max(abs(bound - 1) for bound in interval))
+
+
+def damage_bound(interval: Sequence[float]) -> int | None:
+    """Smallest of 1, 2, 5, 10 percent that the perplexity rose by at most; None past all."""
+    return _smallest_bound(interval[1] - 1)
+
+
+def _smallest_bound(part: float) -> int | None:
+    return next((bound for bound in _BOUNDS_PERCENT if part * 100 <= bound), None)
 
 
 def headline(evaluation: dict[str, Any], confidence: float) -> str:
@@ -57,19 +66,22 @@ def by_role(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verdict(evaluation: dict[str, Any]) -> str:
-    """One sentence over all sources."""
-    domain = _outcomes(evaluation, "domain")
-    if not domain:
-        return "The domain was not scored: it has no held-out text."
-    if domain == {Outcome.EQUAL}:
-        return "The student equals the base on the domain."
-    if domain == {Outcome.BETTER}:
-        return f"The overlay helped on the domain{_price(evaluation)}."
-    if domain == {Outcome.WORSE}:
-        return "The overlay made the domain worse."
-    if domain <= {Outcome.UNCLEAR, Outcome.EQUAL}:
-        return "No difference on the domain could be shown."
-    return "Mixed: the domain's sources do not agree."
+    """One sentence over all sources: what became of the domain, and whatever became worse or better beside it."""
+    return f"{_domain(_outcomes(evaluation, 'domain'))}{_beside(evaluation)}."
+
+
+def _domain(outcomes: set[Outcome]) -> str:
+    if not outcomes:
+        return "The domain was not scored: it has no held-out text"
+    if outcomes == {Outcome.EQUAL}:
+        return "The student equals the base on the domain"
+    if outcomes == {Outcome.BETTER}:
+        return "The overlay helped on the domain"
+    if outcomes == {Outcome.WORSE}:
+        return "The overlay made the domain worse"
+    if outcomes <= {Outcome.UNCLEAR, Outcome.EQUAL}:
+        return "No difference on the domain could be shown"
+    return "Mixed: the domain's sources do not agree"
 
 
 def _outcomes(evaluation: dict[str, Any], role: str) -> set[Outcome]:
@@ -77,19 +89,22 @@ def _outcomes(evaluation: dict[str, Any], role: str) -> set[Outcome]:
     return {classify(result["ratio"]["confidence_interval"]) for result in results}
 
 
-def _price(evaluation: dict[str, Any]) -> str:
-    """What the retention text paid for a better domain: nothing, a bounded amount, or more."""
-    intervals = [
-        result["ratio"]["confidence_interval"] for result in evaluation.values() if result["role"] == "retention"
-    ]
-    worse = [interval for interval in intervals if classify(interval) is Outcome.WORSE]
-    if not worse:
-        return ""
-    bounds = [supported_bound(interval) for interval in worse]
-    known = [bound for bound in bounds if bound is not None]
-    if len(known) < len(bounds):
-        return ", and made retention text clearly worse"
-    return f", at a cost within {max(known)} % on retention text"
+def _beside(evaluation: dict[str, Any]) -> str:
+    """What retention text paid, a bounded amount or more, and what it gained, with the names of the sources."""
+    retention = {name: result for name, result in evaluation.items() if result["role"] == "retention"}
+    intervals = {name: result["ratio"]["confidence_interval"] for name, result in retention.items()}
+    worse = {name: damage_bound(each) for name, each in intervals.items() if classify(each) is Outcome.WORSE}
+    better = [name for name, each in intervals.items() if classify(each) is Outcome.BETTER]
+    bounded = {name: bound for name, bound in worse.items() if bound is not None}
+    unbounded = [name for name in worse if name not in bounded]
+    parts = []
+    if bounded:
+        parts.append(f"at a cost within {max(bounded.values())} % on retention text ({', '.join(bounded)})")
+    if unbounded:
+        parts.append(f"and made retention text clearly worse ({', '.join(unbounded)})")
+    if better:
+        parts.append(f"and improved retention text ({', '.join(better)})")
+    return "".join(f", {part}" for part in parts)
 
 
 def source_sentence(name: str, result: dict[str, Any], confidence: float) -> str:
@@ -113,8 +128,11 @@ def source_sentence(name: str, result: dict[str, Any], confidence: float) -> str
 
 
 def _within(interval: Sequence[float]) -> str:
-    bound = supported_bound(interval)
-    return f"; within {bound} % of the base" if bound else "; a bound of 10 % is not supported"
+    """How much worse the student may be, at most; or how close it is, where that says as much."""
+    damage, closeness = damage_bound(interval), supported_bound(interval)
+    if damage is None:
+        return "; a loss of more than 10 % is not ruled out"
+    return f"; within {closeness} % of the base" if closeness == damage else f"; at most {damage} % worse"
 
 
 def number(value: float) -> str:

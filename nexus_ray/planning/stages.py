@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from nexus_ray.config import Config
+from nexus_ray.modeling.head import chunk_positions
 from nexus_ray.planning.conversion import convert_needs
 from nexus_ray.planning.needs import Part, Phase, StageNeeds, phase
 from nexus_ray.planning.precomputing import precompute_phases
@@ -34,9 +35,7 @@ def stage_needs(config: Config, sizes: ModelSizes, text: Mapping[str, SourceText
         convert_needs(worker),
         worker.stage("precompute", workers, *precompute_phases(worker)),
         training_needs(worker),
-        worker.stage(
-            "evaluate", workers, *_inference(worker, config.evaluate.batch_sequences, student=True), host=overlay
-        ),
+        worker.stage("evaluate", workers, *_evaluation(worker), host=overlay),
         worker.stage("serve", config.serve.replicas, *_serving(worker), host=overlay),
     ]
     return [stage for stage in stages if stage.phases]
@@ -49,6 +48,29 @@ def _observation(worker: Worker) -> list[Phase]:
     moments = Part("moments", _LIVE_MOMENTS * moments_bytes(worker.sizes) + _LIVE_ROWS * rows, "in float64")
     forward = worker.forward(sequences)
     return [phase("layers", *worker.fixed(), forward), phase("moments", *worker.fixed(), moments, forward)]
+
+
+def _evaluation(worker: Worker) -> list[Phase]:
+    """The layers of a batch; then the head over a few positions, beside the states of those that are scored.
+
+    The base's router logits stay while the student runs. Rolling windows have no more positions than sequences.
+    """
+    sequences, vocabulary = worker.config.evaluate.batch_sequences, worker.sizes.vocabulary
+    work, dimensions = worker.work(sequences), worker.sizes.dimensions
+    fixed = (*worker.fixed(), worker.shared_experts())
+    routers = work.tokens * dimensions.layers * dimensions.experts * FLOAT32
+    beside = Part("router logits", 2 * routers, "of both models, float32", routers)
+    hidden = 2 * work.tokens * dimensions.hidden_size * worker.dtype.itemsize
+    states = Part("hidden states", hidden, "all, and the scored ones", worker.activation_block(sequences))
+    positions = min(chunk_positions(vocabulary, worker.device), work.tokens)
+    chunk = positions * vocabulary * FLOAT32
+    cast = 0 if worker.dtype == torch.float32 else positions * vocabulary * worker.dtype.itemsize
+    note = f"{positions:,} positions, float32, and their log-softmax"
+    logits = Part("logits of a chunk", chunk + max(chunk, cast), note, chunk)
+    return [
+        phase("layers", *fixed, worker.forward(sequences), beside),
+        phase("scoring", *fixed, beside, states, logits),
+    ]
 
 
 def _inference(worker: Worker, sequences: int, *, student: bool) -> list[Phase]:

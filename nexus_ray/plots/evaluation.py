@@ -13,33 +13,51 @@ from nexus_ray.evaluation.wording import Outcome, by_role, change, change_interv
 
 _MODELS = (("base", look.GREY, "o", -0.16), ("student", look.BLUE, "D", 0.16))
 _OUTCOME_COLOURS = {Outcome.BETTER: look.GREEN, Outcome.WORSE: look.ORANGE}
-_DRIFT = {
-    "kl": ("Router KL(base || student)", "nats per token"),
-    "l1": ("Router L1 distance", "sum of |probability change|"),
-    "top_k_overlap": ("Same experts selected", "share of the base's selection"),
-}
+_PERCENT = FuncFormatter(lambda value, _: f"{round(100 * value, 6):g} %")
+# Panels of the drift figure: where the values are, title, unit.
+_TOKEN_DRIFT = (
+    ("router_drift", "kl", "Router KL(base || student)", "nats per token"),
+    ("router_drift", "tv", "Router total variation", "probability moved"),
+    ("router_drift", "top_k_overlap", "Same experts selected", "share of the base's selection"),
+)
+_LOAD_DRIFT = (
+    ("router_load", "total_variation", "Load moved to other experts", "share of selections"),
+    ("router_load", "largest_ratio", "Largest change of one expert's load", "factor, up or down"),
+    ("router_load", "student_peak", "Busiest expert (base: hollow)", "multiple of an even share"),
+)
+_SHARES = ("tv", "top_k_overlap", "total_variation")
 
 
 def plot_drift(evaluation: Mapping[str, Any], path: Path) -> None:
-    """Router drift by layer: KL, L1 and overlap of the selected experts, a line a source.
+    """Router drift by layer, a line a source: token by token above, in how the experts share the work below.
 
     Args:
         evaluation: results by source, as in `report.json`.
         path: the PNG to write.
     """
-    figure = look.new_figure(11, 3.6)
-    for column, (measure, (title, unit)) in enumerate(_DRIFT.items()):
-        axes = look.style(figure.add_subplot(1, 3, column + 1), title, "layer", unit)
-        for index, (name, result) in enumerate(by_role(evaluation).items()):
-            values = result["router_drift"][measure]
-            line = look.series(index, dashed=result["role"] != "domain")
-            axes.plot(range(len(values)), values, label=f"{name} ({result['role']})", **line)
-        if measure == "top_k_overlap":
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(100 * value, 6):g} %"))
-        else:
-            axes.set_ylim(bottom=0)
-    look.legend_below(figure, figure.axes[0])
+    figure, rows = look.panel_rows((3, 3), (1.15, 1.15), width=12)
+    for axes, panel in zip([*rows[0], *rows[1]], _TOKEN_DRIFT + _LOAD_DRIFT, strict=True):
+        _drift_panel(axes, evaluation, *panel)
+    look.legend_below(figure, rows[0][0])
     look.save(figure, path)
+
+
+def _drift_panel(axes: Any, evaluation: Mapping[str, Any], group: str, measure: str, title: str, unit: str) -> None:
+    look.style(axes, title, "layer", unit)
+    for index, (name, result) in enumerate(by_role(evaluation).items()):
+        values = result[group][measure]
+        line = look.series(index, dashed=result["role"] != "domain")
+        axes.plot(range(len(values)), values, label=f"{name} ({result['role']})", **line)
+        if measure == "student_peak":
+            hollow = {"linestyle": "", "markerfacecolor": "none", "markersize": 9}
+            axes.plot(range(len(values)), result[group]["base_peak"], **line | hollow)
+    if measure in _SHARES:
+        axes.yaxis.set_major_formatter(_PERCENT)
+    if group == "router_load" and measure not in _SHARES:
+        axes.axhline(1, color=look.GREY, linewidth=1, linestyle=":", zorder=0)
+        look.log_when_wide(axes)
+    elif measure != "top_k_overlap":
+        look.from_zero(axes)
 
 
 def plot_perplexity(evaluation: Mapping[str, Any], path: Path) -> None:

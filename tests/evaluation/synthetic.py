@@ -7,7 +7,7 @@ from typing import Any
 
 
 def source_result(
-    role: str, base: float, student: float, interval: tuple[float, float], *, layers: int = 4, sequences: int = 250
+    role: str, base: float, student: float, interval: tuple[float, float], *, layers: int = 4, units: int = 250
 ) -> dict[str, Any]:
     """What `evaluate` says about one source, with `interval` around the ratio of the perplexities."""
     drift = 0.0 if base == student else 0.01
@@ -16,14 +16,20 @@ def source_result(
         return {
             "token_perplexity": value,
             "confidence_interval": [0.96 * value, 1.04 * value],
+            "word_perplexity": value**1.4,
+            "byte_perplexity": value**0.25,
             "bits_per_byte": math.log2(value) / 4,
             "nats_per_token": math.log(value),
         }
 
     return {
         "role": role,
-        "sequences": sequences,
+        "unreadable_rows": 0,
+        "documents_without_words": 0,
+        "unit": "sequence",
+        "units": units,
         "tokens": 64_000,
+        "words": 46_000,
         "bytes": 257_749,
         "base": model(base),
         "student": model(student),
@@ -35,7 +41,15 @@ def source_result(
         "router_drift": {
             "kl": [drift * (layer + 1) for layer in range(layers)],
             "l1": [2 * drift * (layer + 1) for layer in range(layers)],
+            "tv": [drift * (layer + 1) for layer in range(layers)],
             "top_k_overlap": [1 - drift * (layer + 1) for layer in range(layers)],
+        },
+        "router_load": {
+            "total_variation": [drift * (layer + 1) for layer in range(layers)],
+            "largest_ratio": [1 + 5 * drift * (layer + 1) for layer in range(layers)],
+            "expert": [layer % 3 for layer in range(layers)],
+            "base_peak": [1.4] * layers,
+            "student_peak": [1.4 + drift] * layers,
         },
         "router_change": {
             "usage_distance": [drift * (layer + 1) for layer in range(layers)],

@@ -22,7 +22,7 @@ EVERYTHING = torch.ones(2, 5, dtype=torch.bool)
 def test_identical_routers_do_not_drift():
     logits = random_logits(0)
     means = router_drift(logits, logits.clone(), EVERYTHING, top_k=2).means()
-    assert means == {"kl": [0.0] * 3, "l1": [0.0] * 3, "top_k_overlap": [1.0] * 3}
+    assert means == {"kl": [0.0] * 3, "l1": [0.0] * 3, "tv": [0.0] * 3, "top_k_overlap": [1.0] * 3}
 
 
 def test_a_shift_of_all_logits_is_no_drift():

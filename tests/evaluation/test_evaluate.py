@@ -18,15 +18,10 @@ from nexus_ray.data.documents import read_documents
 from nexus_ray.data.packing import pack_shard
 from nexus_ray.data.sources import Shard, list_shards
 from nexus_ray.errors import ArtefactError, ConfigError, DataError
-from nexus_ray.evaluation.evaluate import (
-    PairedScorer,
-    _first_half_shares,
-    _merge,
-    _sequence_limits,
-    evaluate,
-    plan_scoring,
-)
+from nexus_ray.evaluation.evaluate import evaluate, merge
 from nexus_ray.evaluation.routers import PairedRouters
+from nexus_ray.evaluation.scorer import PairedScorer
+from nexus_ray.evaluation.work import first_halves, plan_scoring, unit_limits
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import load_student
 from nexus_ray.router.accumulate import moments_of_logits
@@ -46,7 +41,7 @@ def run_in_process(config: Config, layout: RunLayout) -> dict[str, Any]:
     """What `evaluate` does, without Ray."""
     scorer = PairedScorer(config, layout.overlay)
     shards, items = plan_scoring(config)
-    return _merge(shards, [scorer(item) for item in reversed(items)], config)
+    return merge(shards, [scorer(item) for item in reversed(items)], config).sources
 
 
 @pytest.mark.ray
@@ -57,7 +52,7 @@ def test_a_zero_overlay_has_a_ratio_of_exactly_one(
     config = micro_config(tmp_path / "run", **{"data.shard_bytes": 1024})
     layout = RunLayout(config.run.directory)
     install_overlay(micro_overlay, layout, zero=True)
-    results = evaluate(config, layout)
+    results = evaluate(config, layout).sources
     assert {name: result["role"] for name, result in results.items()} == {"play": "domain", "prose": "retention"}
     for result in results.values():
         assert result["ratio"] == {"value": 1.0, "confidence_interval": [1.0, 1.0]}
@@ -93,7 +88,7 @@ def test_both_models_are_scored_on_all_held_out_text(
             with student.base():
                 nats["base"] += student.model(input_ids=ids, labels=ids).loss.item() * (sequence.num_tokens - 1)
     tokens = sum(sequence.num_tokens - 1 for sequence in sequences)
-    assert (result["sequences"], result["tokens"]) == (len(sequences), tokens)
+    assert (result["units"], result["tokens"]) == (len(sequences), tokens)
     assert result["bytes"] == sum(len(text.encode()) for text in held_out_texts(config, "play"))
     for model, total in nats.items():
         assert result[model]["token_perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
@@ -149,9 +144,9 @@ def test_held_out_text_without_a_readable_row_is_refused(
 
 def test_a_limit_is_kept_exactly_and_spread_over_the_shards():
     shards = [Shard(i, "a" if i < 4 else "b", "x.jsonl", 0, 1) for i in range(7)]
-    assert _sequence_limits(shards, None) == [None] * 7
+    assert unit_limits(shards, None) == [None] * 7
     for limit in (2, 3, 10, 101):
-        limits = _sequence_limits(shards, limit)
+        limits = unit_limits(shards, limit)
         for part in (limits[:4], limits[4:]):
             assert sum(n or 0 for n in part) == limit
             assert max(n or 0 for n in part) - min(n or 0 for n in part) <= 1
@@ -161,7 +156,7 @@ def test_the_limit_is_what_is_scored(micro_config: Callable[..., Config], micro_
     config = micro_config(tmp_path / "run", **{"evaluate.max_sequences_per_source": 3})
     layout = RunLayout(config.run.directory)
     install_overlay(micro_overlay, layout, zero=False)
-    assert {result["sequences"] for result in run_in_process(config, layout).values()} == {3}
+    assert {result["units"] for result in run_in_process(config, layout).values()} == {3}
 
 
 def moments_by_source(config: Config, overlay: Path) -> dict[str, list[RouterMoments]]:
@@ -209,8 +204,8 @@ def test_halves_of_uneven_shards_are_of_about_one_size(
 
 def test_whole_shards_make_the_halves_where_they_balance():
     shards = [Shard(i, "ab"[i % 2], f"{i}.jsonl", 0, size) for i, size in enumerate([900, 500, 800, 500, 100])]
-    assert _first_half_shares(shards, [None] * 5, 64) == [1, 1, 0, 0, 0]
-    assert _first_half_shares(shards, [1] * 5, 64)[1::2] == [1, 0]
+    assert first_halves(shards, [None] * 5, 64) == [1, 1, 0, 0, 0]
+    assert first_halves(shards, [1] * 5, 64)[1::2] == [1, 0]
 
 
 def test_a_diverged_student_is_named_with_the_text_and_what_to_do(
@@ -265,6 +260,9 @@ def row_of(shard: int, nats: list[float], num_bytes: int = 9) -> dict[str, Any]:
         "student_nats": nats,
         "targets": [10] * len(nats),
         "num_bytes": [num_bytes] * len(nats),
+        "words": [2] * len(nats),
+        "wordless": 0,
+        "samples": "[]",
         "drift_tokens": 11 * len(nats),
         "kl": [0.0],
         "l1": [0.0],
@@ -279,9 +277,15 @@ def row_of(shard: int, nats: list[float], num_bytes: int = 9) -> dict[str, Any]:
 def test_sequences_in_which_nothing_is_predicted_say_nothing(micro_config: Callable[..., Config], tmp_path: Path):
     config = micro_config(tmp_path)
     shards = [Shard(0, "play", "x.jsonl", 0, 1)]
-    with_silence = row_of(0, [30.0, 0.0, 20.0, 0.0]) | {"targets": [10, 0, 10, 0], "num_bytes": [9, 0, 9, 0]}
-    [found, expected] = (_merge(shards, [row], config)["play"] for row in (with_silence, row_of(0, [30.0, 20.0])))
-    for name in ("sequences", "tokens", "bytes", "base", "student", "ratio"):
+    with_silence = row_of(0, [30.0, 0.0, 20.0, 0.0]) | {
+        "targets": [10, 0, 10, 0],
+        "num_bytes": [9, 0, 9, 0],
+        "words": [2, 0, 2, 0],
+    }
+    [found, expected] = (
+        merge(shards, [row], config).sources["play"] for row in (with_silence, row_of(0, [30.0, 20.0]))
+    )
+    for name in ("units", "tokens", "bytes", "base", "student", "ratio"):
         assert found[name] == expected[name]
 
 
@@ -306,7 +310,7 @@ def test_text_that_supports_no_interval_is_refused(
     shards = [Shard(row["shard"], "play", "x.jsonl", 0, 1) for row in rows]
     given = [dict(row) for row in rows]
     if error is None:
-        assert np.isfinite(_merge(shards, given, micro_config(tmp_path))["play"]["ratio"]["value"])
+        assert np.isfinite(merge(shards, given, micro_config(tmp_path)).sources["play"]["ratio"]["value"])
         return
     with pytest.raises(error, match=message):
-        _merge(shards, given, micro_config(tmp_path))
+        merge(shards, given, micro_config(tmp_path))

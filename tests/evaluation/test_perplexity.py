@@ -37,7 +37,7 @@ def random_losses(sequences: int, seed: int = 0) -> PairedLosses:
     targets = rng.integers(20, 61, sequences)
     base = targets * rng.normal(4.0, 0.5, sequences)
     student = base + targets * rng.normal(-0.05, 0.1, sequences)
-    return PairedLosses(base, student, targets, targets * 4)
+    return PairedLosses(base, student, targets, targets * 4, targets // 2)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_the_bootstrap_does_not_depend_on_how_samples_are_chunked(monkeypatch: p
 
 def test_equal_losses_have_a_ratio_of_exactly_one():
     losses = random_losses(40)
-    equal = PairedLosses(losses.base_nats, losses.base_nats.copy(), losses.targets, losses.num_bytes)
+    equal = PairedLosses(losses.base_nats, losses.base_nats.copy(), losses.targets, losses.num_bytes, losses.words)
     found = paired_bootstrap(equal, 500, 0.95, seed=0)
     assert found.ratio == (1.0, 1.0)
     assert found.nats_difference == (0.0, 0.0)

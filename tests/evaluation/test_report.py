@@ -77,6 +77,8 @@ def test_the_json_holds_the_numbers_at_the_promised_places(config: Config, layou
         "training",
         "stages",
         "selection",
+        "samples",
+        "tasks",
     ]
     assert report["evaluation"]["play"]["student"]["token_perplexity"] == 106.0
     assert report["evaluation"]["prose"]["base"]["token_perplexity"] == 51.0
@@ -136,14 +138,14 @@ def test_without_an_overlay_there_is_no_report(config: Config):
 
 
 def test_caveats_name_what_weakens_the_evidence(config: Config, layout: RunLayout):
-    few = {"play": source_result("domain", 50, 40, (0.7, 0.9), sequences=12)}
+    few = {"play": source_result("domain", 50, 40, (0.7, 0.9), units=12)}
     write_report(config, layout, few)
     text = layout.report.with_suffix(".md").read_text()
-    assert "Too few sequences for a trustworthy interval: play (12)." in text
+    assert "Too few for a trustworthy interval: play (12 sequences)." in text
     assert "No retention text was scored" in text
     write_report(config, layout, HELPED)
     text = layout.report.with_suffix(".md").read_text()
-    assert "Too few sequences" not in text
+    assert "Too few" not in text
     assert "No retention text" not in text
     assert "one seed (0)" in text
 

@@ -9,6 +9,7 @@ from nexus_ray.evaluation.wording import (
     Outcome,
     change,
     classify,
+    damage_bound,
     duration,
     headline,
     number,
@@ -31,16 +32,16 @@ def test_helped_and_kept():
 
 def test_helped_at_a_bounded_cost():
     text = headline(evaluation((50.0, 40.0, (0.78, 0.82)), (51.0, 51.6, (1.005, 1.018))), 0.9)
-    assert text.startswith("**The overlay helped on the domain, at a cost within 2 % on retention text.**")
+    assert text.startswith("**The overlay helped on the domain, at a cost within 2 % on retention text (prose).**")
     assert "On prose (retention) perplexity rose by 1.2 %, from 51.0 to 51.6" in text
     assert "90 % CI" in text
 
 
 def test_helped_and_broke_something():
     text = headline(evaluation((50.0, 40.0, (0.78, 0.82)), (51.0, 103.0, (1.9, 2.1))), 0.95)
-    assert text.startswith("**The overlay helped on the domain, and made retention text clearly worse.**")
+    assert text.startswith("**The overlay helped on the domain, and made retention text clearly worse (prose).**")
     assert "rose by 102.0 %" in text
-    assert "a bound of 10 % is not supported" in text
+    assert "a loss of more than 10 % is not ruled out" in text
 
 
 def test_not_distinguishable():
@@ -97,3 +98,48 @@ def test_numbers_as_people_write_them():
     assert [change(ratio) for ratio in (0.094, 1.0123, 1.0012)] == ["-90.6 %", "+1.2 %", "+0.12 %"]
     assert [duration(seconds) for seconds in (4.21, 42.4, 185, 7800)] == ["4.2 s", "42 s", "3 min 5 s", "2 h 10 min"]
     assert [size(amount) for amount in (812, 257_749, 1.2e9)] == ["812 bytes", "257.7 kB", "1.2 GB"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "bound"),
+    [((0.5, 0.9), 1), ((0.85, 1.004), 1), ((0.85, 1.015), 2), ((1.02, 1.04), 5), ((0.9, 1.1001), None)],
+)
+def test_only_the_upper_end_of_an_interval_is_damage(interval: tuple[float, float], bound: int | None):
+    assert damage_bound(interval) == bound
+
+
+def test_an_improvement_that_could_not_be_shown_is_not_held_against_the_student():
+    text = headline(evaluation((50.0, 47.0, (0.85, 1.004)), KEPT), 0.95)
+    assert "which includes no change); at most 1 % worse." in text
+    assert "10 %" not in text
+
+
+def test_a_large_improvement_on_retention_text_is_one():
+    text = headline(evaluation((50.0, 40.0, (0.78, 0.82)), (51.0, 45.9, (0.88, 0.92))), 0.95)
+    assert text.startswith("**The overlay helped on the domain, and improved retention text (prose).**")
+    assert "On prose (retention) perplexity fell by 10.0 %" in text
+    assert "cost" not in text
+    assert "worse" not in text
+
+
+@pytest.mark.parametrize(
+    ("domain", "begins"),
+    [
+        ((50.0, 49.5, (0.96, 1.03)), "No difference on the domain could be shown"),
+        ((50.0, 55.0, (1.06, 1.14)), "The overlay made the domain worse"),
+        ((50.0, 50.0, (1.0, 1.0)), "The student equals the base on the domain"),
+    ],
+)
+def test_damage_to_retention_text_is_named_whatever_became_of_the_domain(domain: tuple, begins: str):
+    found = verdict(evaluation(domain, (51.0, 103.0, (1.9, 2.1))))
+    assert found == f"{begins}, and made retention text clearly worse (prose)."
+
+
+def test_each_source_is_named_with_what_became_of_it():
+    results = evaluation((50.0, 40.0, (0.78, 0.82)), (51.0, 51.6, (1.005, 1.018)))
+    results["code"] = source_result("retention", 10, 12, (1.15, 1.25))
+    results["speeches"] = source_result("retention", 10, 9, (0.88, 0.92))
+    assert verdict(results) == (
+        "The overlay helped on the domain, at a cost within 2 % on retention text (prose), "
+        "and made retention text clearly worse (code), and improved retention text (speeches)."
+    )

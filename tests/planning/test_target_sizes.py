@@ -16,6 +16,7 @@ from nexus_ray.config import Config
 from nexus_ray.data.packing import Batch
 from nexus_ray.errors import ConfigError
 from nexus_ray.evaluation.perplexity import sequence_nats
+from nexus_ray.evaluation.scored_pass import position_nats
 from nexus_ray.modeling import head
 from nexus_ray.planning.precomputing import precompute_phases
 from nexus_ray.planning.sizes import ModelSizes, read_sizes
@@ -178,7 +179,7 @@ def test_head_and_encoding_allocate_what_is_planned(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_scoring_allocates_what_is_planned(
+def test_scoring_a_text_for_the_service_allocates_what_is_planned(
     micro_config: MakeConfig,
     sizes: ModelSizes,
     most_allocated: Callable[[Callable[[], object]], int],
@@ -190,11 +191,35 @@ def test_scoring_allocates_what_is_planned(
         tmp_path, **{"data.sequence_length": 1024, "evaluate.batch_sequences": 1, "model.dtype": dtype}
     )
     stages = {stage.stage: stage for stage in stage_needs(config, wide, {})}
-    planned = {part.name: part.size for part in stages["evaluate"].phases[-1].parts}
+    planned = {part.name: part.size for part in stages["serve"].phases[-1].parts}
     batch = Batch(np.ones((1, 1024), np.int32), np.array([1024], np.int32))
     logits = torch.zeros(1, 1024, _WIDE, dtype=getattr(torch, dtype))
     measured = logits.nbytes + most_allocated(lambda: sequence_nats(logits, batch))
     assert planned["logits"] + planned["cross-entropy"] == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("positions", [100, 1024, 4000])
+def test_evaluating_allocates_what_is_planned(
+    micro_config: MakeConfig,
+    sizes: ModelSizes,
+    most_allocated: Callable[[Callable[[], object]], int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    dtype: str,
+    positions: int,
+) -> None:
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", positions * _WIDE * 4)
+    wide = dataclasses.replace(sizes, vocabulary=_WIDE)
+    config = micro_config(
+        tmp_path, **{"data.sequence_length": 1024, "evaluate.batch_sequences": 1, "model.dtype": dtype}
+    )
+    stages = {stage.stage: stage for stage in stage_needs(config, wide, {})}
+    planned = {part.name: part.size for part in stages["evaluate"].phases[-1].parts}["logits of a chunk"]
+    hidden = torch.zeros(1024, 64, dtype=getattr(torch, dtype))
+    weight, labels = torch.zeros(_WIDE, 64, dtype=hidden.dtype), torch.zeros(1024, dtype=torch.long)
+    measured = most_allocated(lambda: position_nats(hidden, labels, weight))
+    assert planned == pytest.approx(measured, rel=0.05)
 
 
 def test_precomputing_holds_no_more_for_more_text_and_no_logits_for_hidden_states(

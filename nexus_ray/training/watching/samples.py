@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from nexus_ray.data.packing import separator_id
+from nexus_ray.modeling.continuation import continue_ids
 from nexus_ray.modeling.loading import LoadedModel
 
 
-@torch.no_grad()
 def continue_text(student: LoadedModel, prompt: str, tokens: int) -> dict[str, str]:
     """The most likely continuation of a document that begins with `prompt`.
 
@@ -23,14 +21,5 @@ def continue_text(student: LoadedModel, prompt: str, tokens: int) -> dict[str, s
     tokenizer = student.tokenizer
     separator = separator_id(tokenizer)
     ids = [separator, *tokenizer.encode(prompt, add_special_tokens=False, split_special_tokens=True)]
-    inputs = torch.tensor([ids], device=student.device)
-    with torch.random.fork_rng():
-        output = student.model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=tokens,
-            do_sample=False,
-            eos_token_id=separator,
-            pad_token_id=separator,
-        )
-    return {"prompt": prompt, "text": str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))}
+    continuation = continue_ids(student, ids, tokens, [separator])
+    return {"prompt": prompt, "text": str(tokenizer.decode(continuation, skip_special_tokens=True))}

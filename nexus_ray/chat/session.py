@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 import unicodedata
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
 
 from rich.console import Console
 from rich.text import Text
 
+from nexus_ray.chat.commands import Command, parse
+from nexus_ray.chat.conversation import Conversation, Turn
 from nexus_ray.config import Config
 from nexus_ray.console import console as notes
 from nexus_ray.errors import ConfigError, NexusError
@@ -23,60 +24,70 @@ from nexus_ray.generation.serving import load_assistant
 from nexus_ray.layout import RunLayout
 
 _SPEAKERS: dict[str, tuple[str, ...]] = {"student": ("student",), "base": ("base",), "both": ("base", "student")}
-_HELP = """/student, /base, /both   who answers from now on
+_HELP = """/model NAME              who answers from now on: base, or a student ({names})
+/student, /base, /both   the same, shorter; /both asks one after the other
+/temp X                  temperature of the answers, 0 to 2; 0 always takes the most likely token
+/max N                   tokens of an answer at most
+/save FILE               write the conversation as a line of JSON for each model that answered
 /reset                   forget the conversation
 /help                    this list
 /quit                    leave (or Ctrl-D)
 Ctrl-C stops an answer; at the prompt it leaves."""
 
 
-@dataclass
-class Turn:
-    """One question and what each model that was asked said to it."""
-
-    question: str
-    answers: dict[str, str] = field(default_factory=dict)
-
-    def messages(self, which: str) -> list[dict[str, Any]]:
-        """The turn as `which` remembers it: with its own answer, or else the other model's."""
-        answer = self.answers.get(which, next(iter(self.answers.values()), None))
-        asked = {"role": "user", "content": self.question}
-        return [asked] if answer is None else [asked, {"role": "assistant", "content": answer}]
-
-
 class Session:
-    """A conversation: who answers, and what was said.
+    """A conversation: who answers and how, and what was said.
 
     Args:
         engine: answers.
         speakers: the models that answer, in order.
         output: where answers are written.
+        student: another name of the run's student, as the service calls it.
     """
 
-    def __init__(self, engine: Assistant, speakers: tuple[str, ...], output: Console) -> None:
+    def __init__(self, engine: Assistant, speakers: tuple[str, ...], output: Console, student: str) -> None:
         self.speakers = speakers
-        self.turns: list[Turn] = []
+        self.params = SamplingParams()
+        self.conversation = Conversation()
         self._engine = engine
         self._output = output
+        others = {name: (name,) for name in engine.engine.models}
+        self._models = {student: _SPEAKERS["student"], **others, **_SPEAKERS}
 
     def handle(self, line: str) -> bool:
         """Answer a question or obey a command; false ends the conversation."""
-        command = line.strip()
-        if not command:
+        if not line.strip():
             return True
-        if not command.startswith("/"):
+        if not line.strip().startswith("/"):
             self._ask(line)
-        elif command[1:] in _SPEAKERS:
-            self.speakers = _SPEAKERS[command[1:]]
-            notes.print(f"now answering: {' and '.join(self.speakers)}", style="dim")
-        elif command == "/reset":
-            self.turns.clear()
-            notes.print("the conversation is forgotten", style="dim")
-        elif command == "/quit":
-            return False
-        else:
-            notes.print(_HELP if command == "/help" else f"unknown command {command}\n{_HELP}", markup=False)
+            return True
+        try:
+            command = parse(line.strip(), tuple(self._models))
+            if command.name == "quit":
+                return False
+            _note(self._obey(command))
+        except NexusError as error:
+            notes.print(str(error), style="red", markup=False, soft_wrap=True)
         return True
+
+    def _obey(self, command: Command) -> str:
+        """Do what a command says; what to tell about it."""
+        if command.name == "model":
+            self.speakers = self._models[str(command.value)]
+            return f"now answering: {' and '.join(self.speakers)}"
+        if command.name == "temp":
+            self.params = replace(self.params, temperature=float(command.value or 0))
+            return f"temperature {self.params.temperature:g}"
+        if command.name == "max":
+            self.params = replace(self.params, max_tokens=int(command.value or 1))
+            return f"at most {self.params.max_tokens} tokens an answer"
+        if command.name == "save":
+            lines = self.conversation.save(str(command.value))
+            return f"{command.value}: {lines} line{'s' if lines != 1 else ''}"
+        if command.name == "reset":
+            self.conversation.turns.clear()
+            return "the conversation is forgotten"
+        return _HELP.format(names=", ".join(name for name in self._models if name not in ("base", "both")))
 
     def _ask(self, question: str) -> None:
         turn = Turn(question)
@@ -84,14 +95,14 @@ class Session:
             for which in self.speakers:
                 self._answer(turn, which)
         except NexusError as error:
-            notes.print(f"{error.message}; /reset starts a new conversation", style="red", markup=False)
+            help_ = "/reset starts a new conversation, /max N asks for shorter answers"
+            notes.print(f"{error.message}; {help_}", style="red", markup=False, soft_wrap=True)
         if turn.answers:
-            self.turns.append(turn)
+            self.conversation.turns.append(turn)
 
     def _answer(self, turn: Turn, which: str) -> None:
-        messages = [message for past in self.turns for message in past.messages(which)]
-        messages.append({"role": "user", "content": turn.question})
-        generation = self._engine.generate(messages, which, SamplingParams())
+        messages = [*self.conversation.messages(which), {"role": "user", "content": turn.question}]
+        generation = self._engine.generate(messages, which, self.params)
         self._output.print(f"{which}: ", style="bold", end="")
         turn.answers[which] = self._show(generation)
         self._output.print()
@@ -126,7 +137,8 @@ def chat(config: Config, which: str = "student") -> None:
     if which not in _SPEAKERS:
         raise ConfigError(f"nobody is called {which!r}", f"choose one of {', '.join(_SPEAKERS)}")
     engine = _engine(config, which)
-    session = Session(engine, _SPEAKERS[which], Console())
+    name = config.serve.name or config.run.directory.resolve().name
+    session = Session(engine, _SPEAKERS[which], Console(), name)
     notes.print(f"{which} at {config.model.path}; /help lists the commands", style="dim", markup=False)
     try:
         while (line := _read()) is not None and session.handle(line):
@@ -138,11 +150,11 @@ def chat(config: Config, which: str = "student") -> None:
 
 
 def _engine(config: Config, which: str) -> Assistant:
-    """The student's engine; a run without an overlay can still be asked for its base."""
+    """Answers as the run's student, further ones, or the base, which can be asked without an overlay too."""
     overlay = RunLayout(config.run.directory).overlay
     if which == "base" and not overlay.exists():
         return load_assistant(config, {})
-    return load_assistant(config, {"student": overlay})
+    return load_assistant(config, {"student": overlay, **config.serve.overlays})
 
 
 def _read() -> str | None:
@@ -151,6 +163,10 @@ def _read() -> str | None:
         return input("you: " if sys.stdin.isatty() else "")
     except EOFError:
         return None
+
+
+def _note(text: str) -> None:
+    notes.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def printable(text: str) -> str:

@@ -1,0 +1,1 @@
+"""The sections of `report.md`, one file a subject; each gives Markdown blocks."""
