@@ -83,7 +83,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def run_of(folder: Path, model: Path, overlay: Path, dtype: str) -> list[str]:
     """Overrides of the demo's configuration for a run directory `bard` that has this overlay."""
     run = folder / "bard"
-    run.mkdir()
+    run.mkdir(parents=True)
     (run / "overlay").symlink_to(overlay.resolve())
     return [f"run.directory={run}", f"model.path={model}", f"model.dtype={dtype}"]
 

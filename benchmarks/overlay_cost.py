@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of all kinds in turn (default 5)")
     parser.add_argument("--experts", default="packed", help="model.experts (default packed)")
     parser.add_argument("--dtype", default="bfloat16", help="model.dtype (default bfloat16)")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     parser.add_argument(
         "--model", type=Path, default=ROOT / "assets" / "tiny-gpt-oss", help="default: the embedded one"
     )

@@ -17,6 +17,7 @@ import json
 import os
 import resource
 import signal
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -52,9 +53,9 @@ def replicas() -> list[psutil.Process]:
 
 
 def service_bytes(root: psutil.Process) -> int:
-    """Anonymous memory of the server and everything that it started."""
+    """Anonymous memory of everything that a process started."""
     total = 0
-    for process in [root, *root.children(recursive=True)]:
+    for process in root.children(recursive=True):
         with contextlib.suppress(psutil.Error, OSError):
             status = Path(f"/proc/{process.pid}/status").read_text()
             total += sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
@@ -112,11 +113,12 @@ async def overload(address: str, root: psutil.Process, waves: int, at_once: int)
         for _ in range(waves):
             await asyncio.gather(*(ask() for _ in range(at_once)))
             memory.append(service_bytes(root))
-    half = len(memory) // 2
+    quarter = len(memory) // 4
+    grown = statistics.median(memory[-quarter:]) - statistics.median(memory[quarter : 2 * quarter])
     return {
         "statuses": {str(status): count for status, count in sorted(statuses.items())},
         "refusals_say_when_to_come_back": told,
-        "memory_growth_mb": round((max(memory[half:]) - max(memory[:half])) / 1e6, 1),
+        "memory_growth_mb": round(grown / 1e6, 1),
         "memory_mb": round(memory[-1] / 1e6),
     }
 
@@ -178,8 +180,10 @@ async def holding_on(address: str, connections: int) -> dict[str, Any]:
         began = time.monotonic()
         response = await client.post("/v1/chat/completions", json=chat(16))
         seconds = time.monotonic() - began
-    for _, held in [(None, writer), *idle]:
+    for held in [writer, *(writer for _, writer in idle)]:
         held.close()
+        with contextlib.suppress(OSError):
+            await held.wait_closed()
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return {
         "idle_connections": len(idle),
@@ -218,7 +222,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=160, help="while a replica is killed (default 160)")
     parser.add_argument("--clients", type=int, default=16, help="of these at one time (default 16)")
     parser.add_argument("--queue", type=int, default=16, help="serve.max_concurrent_requests then (default 16)")
-    parser.add_argument("--waves", type=int, default=10, help="of overload (default 10)")
+    parser.add_argument("--waves", type=int, default=24, help="of overload (default 24)")
     parser.add_argument("--at-once", type=int, default=200, help="requests of a wave (default 200)")
     parser.add_argument("--idle", type=int, default=10_000, help="idle connections (default 10,000)")
     parser.add_argument(

@@ -306,8 +306,8 @@ class ServeSection(Section):
     drain_seconds: float = Field(60, ge=0, description="time that running requests get when a replica is stopped")
     api_keys: Path | None = Field(
         None,
-        description="file of `NAME:SHA256-OF-KEY` lines, see `nexus-ray api-key`; clients then need a key. Without "
-        "it NEXUS_RAY_API_KEY, if set, is the one key",
+        description="file of `NAME:SHA256-OF-KEY` lines, see `nexus-ray api-key`; clients then need a "
+        "key. The variable NEXUS_RAY_API_KEYS holds such lines too",
     )
     log_text: bool = Field(False, description="write prompts and answers into the access log")
 
