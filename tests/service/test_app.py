@@ -4,6 +4,8 @@ import importlib.util
 import json
 import math
 import socket
+import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -16,6 +18,7 @@ from nexus_ray.generation.serving import overlays_of, student_name
 from serve.app import _require_free, application, build_app, run_service, stop_service
 
 HELLO = [{"role": "user", "content": "Good morrow, who goes there?"}]
+_GENERATED = "nexus_ray_engine_generated_tokens "
 BODY = {"model": "bard", "messages": HELLO, "max_tokens": 8, "temperature": 0}
 
 
@@ -121,7 +124,7 @@ def test_the_service_on_ray(ray_session, micro_config, run_directory, port):
             check_errors(client)
             check_disconnect(client)
             check_page(client)
-        check_openai_client(port)
+            check_openai_client(port)
     finally:
         stop_service()
     _require_free("127.0.0.1", port)
@@ -207,3 +210,74 @@ def test_a_replica_that_cannot_start_says_why(ray_session, micro_config, run_dir
     with pytest.raises(NexusError, match=r"did not start.*overlay"):
         run_service(micro_config(run_directory, **{"serve.port": port}), blocking=False)
     _require_free("127.0.0.1", port)
+
+
+@pytest.mark.ray
+def test_serve_deploy_exchanges_overlays_without_losing_a_request(
+    ray_session, micro_config, run_directory, micro_overlay, port, tmp_path
+):
+    """What `serve deploy` sends, given to Ray Serve's controller as its dashboard does."""
+    save_config(micro_config(run_directory), tmp_path / "config.yaml")
+    one = {"bard": str(run_directory / "overlay")}
+    try:
+        deploy(tmp_path / "config.yaml", port, one)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            wait_for_models(client, ["base", "bard"])
+            check_exchange(client, lambda: deploy(tmp_path / "config.yaml", port, one | {"will": str(micro_overlay)}))
+    finally:
+        stop_service()
+
+
+def deploy(config, port, overlays):
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    application = {
+        "name": "nexus-ray",
+        "route_prefix": "/",
+        "import_path": "serve.app:build_app",
+        "args": {"config": str(config)},
+        "deployments": [{"name": "chat", "user_config": {"overlays": overlays}}],
+    }
+    http = {"host": "127.0.0.1", "port": port}
+    schema = ServeDeploySchema.model_validate({"http_options": http, "applications": [application]})
+    _get_global_client().deploy_apps(schema)
+
+
+def wait_for_models(client, expected):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        answer = client.get("/v1/models")
+        if answer.status_code == 200 and [card["id"] for card in answer.json()["data"]] == expected:
+            return
+        time.sleep(0.2)
+    raise AssertionError(answer.text)
+
+
+def generated(client):
+    [line] = [line for line in client.get("/metrics").text.splitlines() if line.startswith(_GENERATED)]
+    return float(line.split()[1])
+
+
+def check_exchange(client, exchange):
+    """The replica that runs takes the new overlay, and every request meanwhile is answered."""
+    statuses, ended = [], threading.Event()
+
+    def ask():
+        while not ended.is_set():
+            statuses.append(client.post("/v1/chat/completions", json=BODY).status_code)
+
+    before = generated(client)
+    askers = [threading.Thread(target=ask) for _ in range(3)]
+    for asker in askers:
+        asker.start()
+    exchange()
+    wait_for_models(client, ["base", "bard", "will"])
+    ended.set()
+    for asker in askers:
+        asker.join()
+    assert len(statuses) > 3
+    assert set(statuses) == {200}
+    assert generated(client) > before, "the replica was replaced"
