@@ -56,6 +56,7 @@ class ChatReplica:
         set_worker_threads(config.resources)
         _log_to_stderr()
         self._section = config.serve
+        self._configured = False
         self._keys = KeyFile(config.serve.api_keys, keys)
         self._assistant = load_assistant(config, {})
         self._service = Service(self._assistant, config.data.sequence_length, config.serve.request_timeout_s)
@@ -67,10 +68,22 @@ class ChatReplica:
         )
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve these overlays from now on (Ray Serve's name); answers that are under way end as they began."""
-        overlays = Overlays.model_validate(user_config).overlays
-        require_overlays(overlays)
-        self._assistant.engine.serve(overlays)
+        """Serve these overlays from now on (Ray Serve's name); answers that are under way end as they began.
+
+        Ray Serve stops a replica that fails here. So one that serves already keeps the overlays that it has where it
+        cannot have the new ones, and says so in /healthz and its log; only a new one fails.
+        """
+        try:
+            overlays = Overlays.model_validate(user_config).overlays
+            require_overlays(overlays)
+            self._assistant.engine.serve(overlays)
+        except (NexusError, ValueError) as error:
+            if not self._configured:
+                raise
+            logger.error("the new overlays are refused, the old ones stay: %s", error)  # noqa: TRY400 (no defect)
+            self._service.problem = f"the newest overlays are refused: {error}"
+        else:
+            self._configured, self._service.problem = True, None
 
     def check_health(self) -> None:
         """Fail when the engine is stuck (Ray Serve's name): the replica is replaced then."""

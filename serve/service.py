@@ -78,9 +78,13 @@ class Service:
         assistant: answers.
         sequence_length: tokens of a window in which texts are scored.
         timeout: seconds that an answer may take.
+
+    Attributes:
+        problem: what an operator should know, None if all is well.
     """
 
     def __init__(self, assistant: Assistant, sequence_length: int, timeout: float = 600) -> None:
+        self.problem: str | None = None
         self.assistant = assistant
         self.scorer = TextScorer(assistant, sequence_length)
         self._timeout = timeout

@@ -33,7 +33,9 @@ def add_operation(api: FastAPI, service: Service, metrics: Metrics) -> None:
         except NexusError as error:
             raise ApiError(503, error.message, code="unavailable", type="server_error") from error
         state = service.assistant.engine.state()
-        return {"status": "ok", "models": list(service.models), "running": state.running, "scoring": state.scoring}
+        problem = {} if service.problem is None else {"problem": service.problem}
+        held = {"running": state.running, "scoring": state.scoring}
+        return {"status": "ok", "models": list(service.models)} | held | problem
 
     @api.get("/v1/models")
     async def list_models() -> ModelList:

@@ -223,7 +223,10 @@ def test_serve_deploy_exchanges_overlays_without_losing_a_request(
         deploy(tmp_path / "config.yaml", port, one)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             wait_for_models(client, ["base", "bard"])
-            check_exchange(client, lambda: deploy(tmp_path / "config.yaml", port, one | {"will": str(micro_overlay)}))
+            two = one | {"will": str(micro_overlay)}
+            check_exchange(client, lambda: deploy(tmp_path / "config.yaml", port, two))
+            (tmp_path / "overlay_config.json").write_text("{")
+            check_refusal(client, lambda: deploy(tmp_path / "config.yaml", port, two | {"bad": str(tmp_path)}))
     finally:
         stop_service()
 
@@ -281,3 +284,15 @@ def check_exchange(client, exchange):
     assert len(statuses) > 3
     assert set(statuses) == {200}
     assert generated(client) > before, "the replica was replaced"
+
+
+def check_refusal(client, exchange):
+    """A damaged overlay does not take the service down: the old ones stay, and an operator can see why."""
+    exchange()
+    deadline = time.monotonic() + 60
+    while "problem" not in (health := client.get("/healthz").json()):
+        assert time.monotonic() < deadline, health
+        time.sleep(0.2)
+    assert "overlay_config.json cannot be read" in health["problem"]
+    assert health["models"] == ["base", "bard", "will"]
+    assert client.post("/v1/chat/completions", json=BODY).status_code == 200
