@@ -77,9 +77,12 @@ def sequential(model: Path, texts: list[str], tokens: int, dtype: str, threads: 
 
 
 def agreement(ours: Load, theirs: Load) -> float:
-    """Share of the requests to which both servers gave the same text."""
-    pairs = list(zip(ours.outcomes, theirs.outcomes, strict=False))
-    return sum(one.text == other.text for one, other in pairs) / len(pairs)
+    """Share of the requests to which both servers began to answer alike: in bfloat16 long texts part in the end.
+
+    `transformers serve` leaves the name of the channel in the text.
+    """
+    pairs = list(zip(ours.outcomes, theirs.outcomes, strict=True))
+    return sum(one.text[:8] == other.text.removeprefix("final")[:8] for one, other in pairs) / len(pairs)
 
 
 def ours(arguments: argparse.Namespace, folder: Path, threads: int) -> tuple[Load, Load]:
@@ -140,7 +143,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "transformers_serve": stock,
         "transformers_serve_without_batching": one_by_one,
         "sequential_tokens_per_second": {str(threads): round(found, 1) for threads, found in alone.items()},
-        "same_text_as_transformers_serve": round(agreement(pairs[mine["threads"]][0], batched[stock["threads"]]), 3),
+        "same_beginning_as_transformers_serve": round(
+            agreement(pairs[mine["threads"]][0], batched[stock["threads"]]), 3
+        ),
         "throughput_vs_transformers_serve": round(speed / stock["tokens_per_second"], 3),
         "throughput_vs_transformers_serve_without_batching": round(speed / one_by_one["tokens_per_second"], 3),
         "throughput_vs_sequential": round(speed / max(alone.values()), 3),

@@ -13,7 +13,7 @@ from nexus_ray.checkpoints.overlay import load_overlay, save_overlay
 from nexus_ray.config import ModelSection
 from nexus_ray.errors import ArtefactError, NexusError
 from nexus_ray.generation.batching.engine import BatchingEngine
-from nexus_ray.generation.batching.paged import BatchLimits
+from nexus_ray.generation.batching.paged import BatchLimits, requests_of
 from nexus_ray.generation.batching.sampling import Draw
 from nexus_ray.generation.request import ScoringRequest, TokenRequest, UnknownModelError
 from nexus_ray.modeling.loading import load_base, load_student
@@ -133,6 +133,27 @@ def test_prefixes_are_shared_where_all_attention_is_full_but_not_between_overlay
         engine.close()
     prefills = [count for count in counted if count > 1]
     assert prefills == [len(PROMPT)] * 2 + [len(PROMPT) - 32] * 2
+
+
+def test_what_a_cancelled_request_leaves_in_the_cache_is_its_overlay_s(full_attention, monkeypatch):
+    """A request that is cancelled just before its pass is computed all the same, and others share its prefix."""
+    model, overlay = full_attention
+    expected = reference(load_student(ModelSection(path=model), overlay))
+    base = load_base(ModelSection(path=model))
+    engine = BatchingEngine(base, {"student": overlay}, BatchLimits(cache_tokens=2048, page_tokens=16))
+
+    def cancel_first(manager):
+        for number in list(engine._running):
+            engine._end(number, None)
+        return requests_of(manager)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("nexus_ray.generation.batching.engine.requests_of", cancel_first)
+            assert tokens(engine.submit(greedy("student"))) == []
+        assert tokens(engine.submit(greedy("student"))) == expected
+    finally:
+        engine.close()
 
 
 def test_a_failure_reaches_its_callers_and_the_engine_goes_on(assistant, monkeypatch):

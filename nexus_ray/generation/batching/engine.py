@@ -78,6 +78,7 @@ class BatchingEngine:
         self.base = base
         self.limits = limits or BatchLimits()
         self._models = {BASE: _Model(None, 0)}
+        self._by_salt: dict[int, ServedOverlay | None] = {}
         self._salts = itertools.count(1)
         self._running: dict[str, _Running] = {}
         self._numbers = itertools.count()
@@ -90,7 +91,7 @@ class BatchingEngine:
         self._manager = paged_manager(base, self.limits, RowSampler(self._draw_of, self._emit), self._deliver)
         self._hooks = (
             base.model.register_forward_pre_hook(self._before_pass, with_kwargs=True),
-            base.model.register_forward_hook(self._after_pass),
+            base.model.register_forward_hook(self._after_pass, always_call=True),
         )
         self._scorer = BatchScorer(base, self._score_alone, self.limits.batch_tokens)
         self._manager.start()
@@ -107,22 +108,25 @@ class BatchingEngine:
 
     def submit(self, request: TokenRequest, emit: Callable[[TokenEvent], None] | None = None) -> Continuation:
         """Queue a continuation; see `Engine`."""
-        model = self._model(request.model)
         number = str(next(self._numbers))
         continuation = Continuation(lambda: self._end(number, None), emit)
         with self._admission:
+            model = self._model(request.model)
             self._admit()
             self._running[number] = _Running(request, model, Draw(request), continuation)
             self._prompt_tokens += len(request.ids)
             if not self._manager.is_running():  # an error ended it, and was told to all who waited
                 self._manager.start()
-            self._manager.add_request(
+            taken = self._manager.add_request(
                 # The cache shares prefixes by token ids, which must not make an overlay read what another wrote.
                 [id_ + model.salt * self._vocabulary for id_ in request.ids],
                 request_id=number,
                 max_new_tokens=request.max_tokens,
                 eos_token_id=sorted(request.end_ids) or -1,
             )
+            if taken is None:  # its loop is just ending with an error
+                self._running.pop(number)
+                raise ClosedError("the engine is starting again")
         return continuation
 
     def score(self, requests: Sequence[ScoringRequest], cancelled: threading.Event) -> Future[list[list[TokenChoice]]]:
@@ -136,7 +140,10 @@ class BatchingEngine:
         """From now on serve these overlays beside the base; see `Engine`."""
         fresh = {name: read_overlay(self.base, path) for name, path in overlays.items()}
         models = {name: _Model(overlay, next(self._salts) % _MOST_SALTS + 1) for name, overlay in fresh.items()}
-        self._models = {BASE: _Model(None, 0)} | models
+        with self._admission:
+            self._models = {BASE: _Model(None, 0)} | models
+            running = [running.model for running in list(self._running.values())]
+            self._by_salt = {model.salt: model.overlay for model in (*self._models.values(), *running)}
 
     def state(self) -> EngineState:
         """What the engine is doing."""
@@ -222,18 +229,16 @@ class BatchingEngine:
         if kwargs.get("cache") is None:
             return None
         self._step_began = time.monotonic()
-        segments = [
-            (self._overlay_of(future.state.request_id), future.query_length) for future in requests_of(self._manager)
-        ]
-        self._rows.assign(segments)
+        requests = requests_of(self._manager)
+        self._rows.assign([(self._overlay_of(future.state), future.query_length) for future in requests])
         kwargs["input_ids"] = kwargs["input_ids"] % self._vocabulary
         kwargs["plans"] = plans_of(kwargs, self.base)
         kwargs["attention_mask"] = dict.fromkeys(kwargs["plans"])  # none is made
         return args, kwargs
 
-    def _overlay_of(self, number: str) -> ServedOverlay | None:
-        running = self._running.get(number)
-        return None if running is None else running.model.overlay
+    def _overlay_of(self, state: Any) -> ServedOverlay | None:
+        """By the salt in its prompt: a request that was cancelled by now still leaves in the cache what others share."""
+        return self._by_salt.get(state.initial_tokens[0] // self._vocabulary)
 
     def _after_pass(self, _model: nn.Module, _args: Any, _output: Any) -> None:
         self._step_began = None
