@@ -237,7 +237,7 @@ class BatchingEngine:
         return args, kwargs
 
     def _overlay_of(self, state: Any) -> ServedOverlay | None:
-        """By the salt in its prompt: a request that was cancelled by now still leaves in the cache what others share."""
+        """By the salt in its prompt: a request that is cancelled by now still leaves in the cache what others use."""
         return self._by_salt.get(state.initial_tokens[0] // self._vocabulary)
 
     def _after_pass(self, _model: nn.Module, _args: Any, _output: Any) -> None:
