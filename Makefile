@@ -35,7 +35,7 @@ serve: setup ## serve base and student of a finished run (CONFIG=... for another
 	$(BIN)/nexus-ray serve $(CONFIG)
 
 test: setup ## tests that need neither minutes nor a GPU
-	$(BIN)/pytest -m "not slow and not gpu and not vllm"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not gpu and not vllm"
 
 test-slow: setup ## tests that take minutes each
 	$(BIN)/pytest -m "slow and not gpu and not vllm" || [ $$? -eq 5 ]  # 5: there is none yet

@@ -119,6 +119,9 @@ class Service:
         Raises:
             BusyError, ClosedError: as `Engine.submit`.
         """
+        places = self.assistant.engine.places
+        if len(prompts) > places:
+            raise ApiError(400, f"{len(prompts)} prompts times choices are asked for, but at most {places} are taken")
         answers: list[Answer] = []
         try:
             for prompt in prompts:
@@ -146,7 +149,9 @@ class Service:
                 )
                 return await asyncio.wrap_future(scored)
         except TimeoutError as error:
-            raise ApiError(504, f"scoring took longer than {self._timeout:g} s", code="timeout") from error
+            raise ApiError(
+                504, f"scoring took longer than {self._timeout:g} s", code="timeout", type="server_error"
+            ) from error
         finally:
             cancelled.set()
 
@@ -161,6 +166,8 @@ class Service:
             async with asyncio.timeout(self._timeout):
                 return await asyncio.wrap_future(self.assistant.engine.score(requests, cancelled))
         except TimeoutError as error:
-            raise ApiError(504, f"scoring took longer than {self._timeout:g} s", code="timeout") from error
+            raise ApiError(
+                504, f"scoring took longer than {self._timeout:g} s", code="timeout", type="server_error"
+            ) from error
         finally:
             cancelled.set()

@@ -42,6 +42,14 @@ MICRO = ArchitectureSection(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts Ray shares one of the two test processes, so that only one Ray instance is there at a time."""
+    for item in items:
+        uses_ray = item.get_closest_marker("ray") or "ray_session" in getattr(item, "fixturenames", ())
+        if uses_ray or "integration" in item.path.parts or "benchmarks" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from nexus_ray.console import console as notes
 from nexus_ray.errors import ConfigError, NexusError
 from nexus_ray.generation.assistant import Assistant, Generation
 from nexus_ray.generation.request import SamplingParams
-from nexus_ray.generation.serving import load_assistant
+from nexus_ray.generation.serving import load_assistant, student_name
 from nexus_ray.layout import RunLayout
 
 _SPEAKERS: dict[str, tuple[str, ...]] = {"student": ("student",), "base": ("base",), "both": ("base", "student")}
@@ -136,8 +136,8 @@ def chat(config: Config, which: str = "student") -> None:
     """
     if which not in _SPEAKERS:
         raise ConfigError(f"nobody is called {which!r}", f"choose one of {', '.join(_SPEAKERS)}")
+    name = student_name(config)
     engine = _engine(config, which)
-    name = config.serve.name or config.run.directory.resolve().name
     session = Session(engine, _SPEAKERS[which], Console(), name)
     notes.print(f"{which} at {config.model.path}; /help lists the commands", style="dim", markup=False)
     try:
@@ -154,7 +154,7 @@ def _engine(config: Config, which: str) -> Assistant:
     overlay = RunLayout(config.run.directory).overlay
     if which == "base" and not overlay.exists():
         return load_assistant(config, {})
-    return load_assistant(config, {"student": overlay, **config.serve.overlays})
+    return load_assistant(config, {**config.serve.overlays, "student": overlay})
 
 
 def _read() -> str | None:

@@ -299,6 +299,7 @@ class ServeSection(Section):
     )
     batch_requests: int = Field(32, ge=1, description="requests that generate in one forward pass")
     batch_tokens: int = Field(512, ge=16, description="tokens of one forward pass; longer prompts take several")
+    window_tokens: int = Field(8192, ge=16, description="tokens of one window of text that is scored, at most")
     cache_tokens: int = Field(65_536, ge=256, description="tokens of all requests together in the key-value cache")
     max_body_bytes: int = Field(4 << 20, ge=1024, description="larger requests get 413")
     request_timeout_s: float = Field(600, gt=0, description="a request that takes longer is ended")

@@ -36,6 +36,7 @@ def encode_messages(
     tools: list[dict[str, Any]] | None = None,
     prompt: bool = False,
     pin_date: bool = False,
+    reasoning_effort: str | None = None,
 ) -> list[int]:
     """Token ids of a conversation rendered with the model's chat template.
 
@@ -44,6 +45,7 @@ def encode_messages(
         messages: role and content, in order.
         tools: functions that the assistant may call, as JSON schemas.
         prompt: end with the header of the assistant's next turn.
+        reasoning_effort: how much the template asks the model to think; default: the template's own.
         pin_date: let the template print a fixed date, so that training data is the same on every day.
 
     Raises:
@@ -59,6 +61,7 @@ def encode_messages(
             chat_template=template,
             add_generation_prompt=prompt,
             return_dict=False,
+            **({} if reasoning_effort is None else {"reasoning_effort": reasoning_effort}),
             sanitize_control_tokens=True,  # a message must not be able to write <|end|>
         )
     except Exception as error:  # jinja raises whatever the template asks for

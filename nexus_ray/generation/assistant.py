@@ -140,6 +140,7 @@ class Assistant:
         model: str,
         params: SamplingParams,
         tools: Sequence[dict[str, Any]] | None = None,
+        reasoning_effort: str | None = None,
     ) -> Prompt:
         """Render and tokenise a conversation and check that the answer fits.
 
@@ -150,7 +151,7 @@ class Assistant:
         """
         self._require(model)
         self._check_characters(sum(len(str(message.get("content") or "")) for message in messages), "messages")
-        ids = self.codec.encode_chat(messages, tools)
+        ids = self.codec.encode_chat(messages, tools, reasoning_effort)
         # The format's own tokens end a message; the reader decides which of them ends the answer.
         return Prompt(self._request(ids, model, params, frozenset(self.codec.harmony.stops)), params.stop, "chat")
 

@@ -50,7 +50,12 @@ class Codec:
         ids = loaded.tokenizer.eos_token_id if ids is None else ids
         return cls(loaded.tokenizer, frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids))
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        reasoning_effort: str | None = None,
+    ) -> list[int]:
         """Token ids of a conversation, ending with the header of the assistant's next turn.
 
         Raises:
@@ -58,7 +63,13 @@ class Codec:
             ModelError: there is no template.
         """
         with self._lock:
-            return encode_messages(self._tokenizer, list(messages), tools=list(tools) if tools else None, prompt=True)
+            return encode_messages(
+                self._tokenizer,
+                list(messages),
+                tools=list(tools) if tools else None,
+                prompt=True,
+                reasoning_effort=reasoning_effort,
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; what looks like a special token stays text."""

@@ -49,6 +49,16 @@ class Engine(Protocol):
         """Most tokens of a prompt with its continuation."""
         ...
 
+    @property
+    def longest_window(self) -> int:
+        """Most tokens of one scoring request."""
+        ...
+
+    @property
+    def places(self) -> int:
+        """Requests that wait or run at one time at most."""
+        ...
+
     def submit(self, request: TokenRequest, emit: Callable[[TokenEvent], None] | None = None) -> Continuation:
         """Queue a continuation.
 
@@ -68,7 +78,7 @@ class Engine(Protocol):
         """Queue the scoring of given tokens.
 
         Args:
-            requests: each must fit the context.
+            requests: each of at most `longest_window` tokens.
             cancelled: set it to abandon the work; the future then fails with InterruptedError.
 
         Returns:

@@ -20,6 +20,8 @@ from nexus_ray.evaluation.windows import rolling_windows
 from nexus_ray.generation.assistant import Assistant
 from nexus_ray.generation.request import ScoringRequest, TokenChoice
 
+_MOST_TOKENS = 4_000_000  # of one call
+
 
 @dataclass(frozen=True)
 class TextScore:
@@ -71,7 +73,7 @@ class TextScorer:
 
     def __init__(self, assistant: Assistant, sequence_length: int) -> None:
         self._assistant = assistant
-        self.sequence_length = min(sequence_length, assistant.engine.context_length)
+        self.sequence_length = min(sequence_length, assistant.engine.longest_window)
 
     def submit(
         self,
@@ -101,6 +103,12 @@ class TextScorer:
         encoded = [codec.encode(text) for text in texts]
         if not all(encoded):
             raise DataError("the text is empty: there is nothing to predict")
+        read = sum(map(len, encoded)) * -(-length // (stride or length)) * len(models)
+        if read > _MOST_TOKENS:
+            raise DataError(
+                f"{read} tokens would have to be read, overlaps and all models counted; at most {_MOST_TOKENS} are",
+                "send less text, fewer models, or a larger stride",
+            )
         requests, owners = [], []
         for index, ids in enumerate(encoded):
             for window in rolling_windows(ids, codec.separator, length, stride):
@@ -108,6 +116,7 @@ class TextScorer:
                     requests.append(ScoringRequest(tuple(window.inputs), tuple(window.targets), model))
                     owners.append((index, model))
         scored: Future[list[ScoredText]] = Future()
+        scored.set_running_or_notify_cancel()
         engine.score(requests, cancelled).add_done_callback(
             lambda done: _fulfil(scored, done, lambda choices: _collect(texts, encoded, models, owners, choices))
         )
@@ -122,9 +131,9 @@ class TextScorer:
         return self.submit(texts, models, threading.Event(), **windows).result()
 
     def _checked(self, length: int, stride: int | None) -> int:
-        context = self._assistant.engine.context_length
-        if not 1 <= length <= context:
-            raise ConfigError(f"sequence_length is {length}, but the model's context is {context} tokens")
+        longest = self._assistant.engine.longest_window
+        if not 1 <= length <= longest:
+            raise ConfigError(f"sequence_length is {length}, but this service reads at most {longest} tokens at once")
         if stride is not None and not 1 <= stride <= length:
             raise ConfigError(f"stride is {stride}; 1 to sequence_length ({length}) is needed")
         return length

@@ -76,6 +76,7 @@ def load_assistant(config: Config, overlays: Mapping[str, Path]) -> Assistant:
         requests=serve.max_concurrent_requests,
         batch_requests=serve.batch_requests,
         batch_tokens=serve.batch_tokens,
+        window_tokens=serve.window_tokens,
         cache_tokens=serve.cache_tokens,
         stuck_seconds=serve.stuck_seconds,
     )

@@ -74,7 +74,7 @@ class AccessLog:
         if record.first_piece is not None:
             line["first_piece_seconds"] = round(record.first_piece, 4)
         if record.keeps_text:
-            line |= {"given": record.given, "answer": "".join(record.answer)}
+            line |= {"given": record.given, "answer": "".join(text for text in record.answer if text)}
         logger.info(json.dumps(line, ensure_ascii=False, default=_plain))
 
 

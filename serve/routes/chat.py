@@ -56,7 +56,7 @@ def _prompts(service: Service, body: ChatRequest) -> list[Prompt]:
         messages, tools = body.conversation(), body.functions()
     except ValueError as error:
         raise DataError(str(error)) from error
-    first = service.assistant.chat_prompt(messages, body.model, body.params(0), tools)
+    first = service.assistant.chat_prompt(messages, body.model, body.params(0), tools, body.reasoning_effort)
     return [first, *(first.seeded(body.params(choice).seed) for choice in range(1, body.choices))]
 
 

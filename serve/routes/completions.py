@@ -101,11 +101,11 @@ class _Writer:
         self._given = [choices for choices in given for _ in range(self._body.choices)]
 
     async def _scored(self, prompts: Sequence[Prompt]) -> list[list[TokenChoice]]:
-        context = self._service.assistant.engine.context_length
+        longest = self._service.assistant.engine.longest_window
         for prompt in prompts:
-            if len(prompt.request.ids) > context:
+            if len(prompt.request.ids) > longest:
                 raise ContextLengthError(
-                    f"the model's context is {context} tokens, but the prompt takes {len(prompt.request.ids)}",
+                    f"a prompt that is scored has at most {longest} tokens, but this one has {len(prompt.request.ids)}",
                     "shorten the prompt",
                 )
         requests = [

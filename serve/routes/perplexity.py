@@ -23,7 +23,7 @@ def add_perplexity(api: FastAPI, service: Service) -> None:
         models = body.all_models or list(service.models)
         for model in models:
             service.require(model)
-        note(request, model=",".join(models), prompt=body.all_texts)
+        note(request, model=models[0] if len(models) == 1 else "several", prompt=body.all_texts)
         scored = await service.perplexity(body.all_texts, models, body.sequence_length, body.stride)
         codec = service.assistant.codec
         tokens = sum(len(text.ids) for text in scored)

@@ -96,7 +96,7 @@ class ChatRequest(GenerationRequest):
     model_config = ConfigDict(extra="forbid")
     ignored: ClassVar[tuple[str, ...]] = (
         *GenerationRequest.ignored,
-        *("parallel_tool_calls", "prediction", "reasoning_effort", "verbosity", "function_call"),
+        *("parallel_tool_calls", "prediction", "verbosity", "function_call"),
         *("prompt_cache_key", "prompt_cache_retention"),
     )
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -113,6 +113,7 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+    reasoning_effort: Literal["minimal", "low", "medium", "high"] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none"] | None = None
 

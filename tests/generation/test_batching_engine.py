@@ -11,7 +11,7 @@ import torch
 from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.checkpoints.overlay import load_overlay, save_overlay
 from nexus_ray.config import ModelSection
-from nexus_ray.errors import ArtefactError, NexusError
+from nexus_ray.errors import ArtefactError, ConfigError, NexusError
 from nexus_ray.generation.batching.engine import BatchingEngine
 from nexus_ray.generation.batching.paged import BatchLimits, requests_of
 from nexus_ray.generation.batching.sampling import Draw
@@ -237,6 +237,44 @@ def test_scoring_and_generating_do_not_disturb_each_other(assistant, student):
     for future in scored:
         for result in future.result():
             assert [choice.logprob for choice in result] == pytest.approx([c.logprob for c in alone[0]], abs=1e-4)
+
+
+def test_scoring_that_is_abandoned_in_the_middle_of_a_pass_frees_its_place(assistant):
+    engine, entered, leave = assistant.engine, threading.Event(), threading.Event()
+
+    def wait(*_):
+        entered.set()
+        leave.wait(30)
+
+    hook = engine.base.model.model.register_forward_pre_hook(wait)
+    cancelled = threading.Event()
+    future = engine.score([ScoringRequest(PROMPT, PROMPT[1:], "base")], cancelled)
+    assert entered.wait(30)
+    assert not future.cancel(), "nobody but the engine completes it"
+    cancelled.set()
+    leave.set()
+    future.result(30)
+    hook.remove()
+    assert engine.state().scoring == 0
+    engine.check()
+
+
+def test_no_overlay_takes_the_place_of_the_base(assistant, micro_overlay):
+    with pytest.raises(ConfigError, match="'base'"):
+        assistant.engine.serve({"base": micro_overlay})
+    assert assistant.engine.models == ("base", "student")
+
+
+def test_requests_that_wait_while_no_pass_runs_are_noticed(assistant, monkeypatch):
+    engine = assistant.engine
+    monkeypatch.setattr(engine._manager, "add_request", lambda *_, **__: "taken")
+    waiting = engine.submit(greedy("base"))
+    engine.check()
+    monkeypatch.setattr(engine, "_progress", 0.0)
+    with pytest.raises(NexusError, match="without a pass"):
+        engine.check()
+    waiting.cancel()
+    engine.check()
 
 
 def test_abandoned_scoring_stops(assistant):

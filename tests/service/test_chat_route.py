@@ -165,7 +165,7 @@ def test_a_full_queue_answers_429_and_recovers(client, assistant):
 
 
 def test_choices_that_do_not_fit_the_queue_together_are_refused_together(client, assistant):
-    assert chat(client, n=9).status_code == 429
+    assert "9 prompts times choices are asked for, but at most 8" in error_of(chat(client, n=9), 400)["message"]
     assert assistant.engine.state().running == 0
 
 
@@ -275,6 +275,13 @@ def test_results_of_calls_go_back_to_the_model(client, assistant):
         assert f'to=functions.get_weather<|channel|>commentary json<|message|>{{"city": "{city}"}}<|call|>' in rendered
         assert f'to=assistant<|channel|>commentary<|message|>"{weather}"<|end|>' in rendered
     assert rendered.index("Rome") < rendered.index('"rain"') < rendered.index("Verona") < rendered.index('"sun"')
+
+
+def test_the_effort_of_reasoning_reaches_the_prompt(client, assistant):
+    rendered = assistant.codec.decode(assistant.codec.encode_chat(HELLO, None, "high"))
+    assert "Reasoning: high" in rendered
+    assert chat(client, reasoning_effort="high").status_code == 200
+    error_of(chat(client, reasoning_effort="enormous"), 400)
 
 
 def test_a_template_that_fails_on_a_schema_says_why(client):

@@ -1,5 +1,6 @@
 """POST /v1/completions: texts and token ids continued, echoed and scored, in OpenAI's shapes."""
 
+import dataclasses
 import json
 import math
 
@@ -147,6 +148,7 @@ def test_an_empty_prompt_begins_a_document(client, assistant):
         ({"suffix": "end"}, "suffix"),
         ({"logprobs": 21}, "logprobs"),
         ({"prompt": ["x"] * 300}, "prompt"),
+        ({"prompt": ["x"] * 9}, "9 prompts times choices are asked for, but at most 8"),
         ({"max_token": 3}, "unrecognised request argument: max_token"),
     ],
 )
@@ -164,6 +166,13 @@ def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(client, assistan
     assert error["code"] == "context_length_exceeded"
     assert str(context) in error["message"]
     assert str(context + 1) in error["message"]
+
+
+def test_a_scored_prompt_is_at_most_a_window(client, assistant, monkeypatch):
+    limits = dataclasses.replace(assistant.engine.limits, window_tokens=32)
+    monkeypatch.setattr(assistant.engine, "limits", limits)
+    error = error_of(complete(client, prompt=[300] * 33, echo=True, max_tokens=0, logprobs=1), 400)
+    assert "at most 32 tokens, but this one has 33" in error["message"]
 
 
 def test_a_prompt_that_fills_the_context_can_be_scored(client, assistant):

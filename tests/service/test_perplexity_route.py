@@ -110,8 +110,9 @@ def test_a_word_of_a_thousand_letters_has_no_finite_word_perplexity(client):
         ({"texts": ["a", ""]}, "texts"),
         ({"text": "a" * 1_000_001}, "characters"),
         ({"text": "a", "model": "base", "models": ["bard"]}, "model"),
-        ({"text": "a", "sequence_length": 10**6}, "context"),
+        ({"text": "a", "sequence_length": 10**6}, "at most"),
         ({"text": "a", "stride": 64}, "stride"),
+        ({"text": "king " * 150_000, "stride": 1}, "tokens would have to be read"),
         ({"text": "a", "stride": 0}, "stride"),
     ],
 )

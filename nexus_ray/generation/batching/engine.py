@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from nexus_ray.errors import NexusError
+from nexus_ray.errors import ConfigError, NexusError
 from nexus_ray.generation.batching.paged import BatchLimits, paged_manager, plans_of, requests_of
 from nexus_ray.generation.batching.sampling import Draw, RowSampler
 from nexus_ray.generation.batching.scoring import BatchScorer
@@ -86,6 +86,7 @@ class BatchingEngine:
         self._closing = False
         self._generated_tokens = self._prompt_tokens = 0
         self._step_began: float | None = None
+        self._progress = time.monotonic()
         self.serve(overlays or {})
         self._rows = OverlayRows(base)
         self._manager = paged_manager(base, self.limits, RowSampler(self._draw_of, self._emit), self._deliver)
@@ -106,6 +107,16 @@ class BatchingEngine:
         """Most tokens of a prompt with its continuation."""
         return min(int(self.base.config["max_position_embeddings"]), self.limits.cache_tokens)
 
+    @property
+    def longest_window(self) -> int:
+        """Most tokens of one scoring request."""
+        return min(self.context_length, self.limits.window_tokens)
+
+    @property
+    def places(self) -> int:
+        """Requests that wait or run at one time at most."""
+        return self.limits.requests
+
     def submit(self, request: TokenRequest, emit: Callable[[TokenEvent], None] | None = None) -> Continuation:
         """Queue a continuation; see `Engine`."""
         number = str(next(self._numbers))
@@ -113,6 +124,8 @@ class BatchingEngine:
         with self._admission:
             model = self._model(request.model)
             self._admit()
+            if not self._running:
+                self._progress = time.monotonic()
             self._running[number] = _Running(request, model, Draw(request), continuation)
             self._prompt_tokens += len(request.ids)
             if not self._manager.is_running():  # an error ended it, and was told to all who waited
@@ -138,6 +151,8 @@ class BatchingEngine:
 
     def serve(self, overlays: Mapping[str, Path]) -> None:
         """From now on serve these overlays beside the base; see `Engine`."""
+        if BASE in overlays:
+            raise ConfigError(f"no overlay can be called {BASE!r}: that is the base", "choose another name")
         fresh = {name: read_overlay(self.base, path) for name, path in overlays.items()}
         models = {name: _Model(overlay, next(self._salts) % _MOST_SALTS + 1) for name, overlay in fresh.items()}
         with self._admission:
@@ -162,6 +177,11 @@ class BatchingEngine:
         seconds = self.state().step_seconds
         if seconds > self.limits.stuck_seconds:
             raise NexusError(f"a forward pass has been running for {seconds:.0f} s", "restart the replica")
+        idle = time.monotonic() - self._progress
+        if self._running and idle > self.limits.stuck_seconds:
+            raise NexusError(f"requests have been waiting for {idle:.0f} s without a pass", "restart the replica")
+        if not self._scorer.alive:
+            raise NexusError("the thread that scores has ended", "restart the replica")
 
     def close(self) -> None:
         """Stop what is running, refuse what is waiting, and wait for the engine's threads to end."""
@@ -242,6 +262,7 @@ class BatchingEngine:
 
     def _after_pass(self, _model: nn.Module, _args: Any, _output: Any) -> None:
         self._step_began = None
+        self._progress = time.monotonic()
 
     def _score_alone(self, segments: Sequence[tuple[ServedOverlay | None, int]], work: Callable[[], Any]) -> Any:
         """Run a scoring pass while no other pass runs."""

@@ -28,6 +28,7 @@ class BatchLimits:
         requests: requests that wait or run; more are refused.
         batch_requests: requests of one forward pass.
         batch_tokens: tokens of one forward pass; longer prompts take several.
+        window_tokens: tokens of one window that is scored; attention over it is computed at once.
         cache_tokens: tokens of all requests together in the key-value cache.
         page_tokens: tokens of a page of the cache.
         stuck_seconds: a forward pass that takes longer counts as stuck.
@@ -36,6 +37,7 @@ class BatchLimits:
     requests: int = 64
     batch_requests: int = 32
     batch_tokens: int = 512
+    window_tokens: int = 8192
     cache_tokens: int = 65_536
     page_tokens: int = 64
     stuck_seconds: float = 300.0

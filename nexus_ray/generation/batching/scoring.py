@@ -69,6 +69,11 @@ class BatchScorer:
         self._thread.start()
 
     @property
+    def alive(self) -> bool:
+        """Its thread works."""
+        return self._thread.is_alive()
+
+    @property
     def waiting(self) -> int:
         """Calls that have not ended."""
         return len(self._jobs)
@@ -76,6 +81,7 @@ class BatchScorer:
     def submit(self, items: Sequence[Item], cancelled: threading.Event) -> Future[list[list[TokenChoice]]]:
         """Queue windows; see `Engine.score`."""
         job = _Job(Future(), cancelled, [[] for _ in items], len(items))
+        job.future.set_running_or_notify_cancel()  # only `cancelled` ends it: nobody else may complete the future
         if not items:
             job.future.set_result([])
             return job.future
