@@ -31,6 +31,7 @@ from serve.service import Service
 
 logger = logging.getLogger("nexus_ray.serve")
 APP_NAME = "nexus-ray"
+_MOST_QUEUED = 4096  # requests that a proxy holds for replicas that have no room even to refuse; then 503
 _ROOM_FOR_REFUSALS = 1000  # requests a replica takes beyond its queue: it answers them at once, if only with 429
 
 
@@ -77,10 +78,10 @@ class ChatReplica:
             overlays = Overlays.model_validate(user_config).overlays
             require_overlays(overlays)
             self._assistant.engine.serve(overlays)
-        except (NexusError, ValueError) as error:
+        except Exception as error:  # whatever it is, the overlays that work are not to go with it
             if not self._configured:
                 raise
-            logger.error("the new overlays are refused, the old ones stay: %s", error)  # noqa: TRY400 (no defect)
+            logger.exception("the new overlays are refused, the old ones stay")
             self._service.problem = f"the newest overlays are refused: {error}"
         else:
             self._configured, self._service.problem = True, None
@@ -119,6 +120,7 @@ def application(config: Config) -> Application:
         **_scale(config.serve),
         user_config={"overlays": {name: str(path.resolve()) for name, path in overlays.items()}},
         ray_actor_options=actor_options(config.resources),
+        max_queued_requests=_MOST_QUEUED,
         max_ongoing_requests=config.serve.max_concurrent_requests + _ROOM_FOR_REFUSALS,
         graceful_shutdown_timeout_s=config.serve.drain_seconds,
     ).bind(config, keys)

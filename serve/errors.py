@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from nexus_ray.errors import ConfigError, DataError, NexusError
+from nexus_ray.errors import ConfigError, DataError, ModelError, NexusError
 from nexus_ray.generation.request import BusyError, ClosedError, ContextLengthError, UnknownModelError
 from serve.schemas.answers import ErrorAnswer, ErrorDetail
 
@@ -46,7 +46,7 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, _text(error), code="context_length_exceeded")
         case UnknownModelError():
             return ApiError(404, _text(error), "model", "model_not_found")
-        case DataError() | ConfigError():
+        case DataError() | ConfigError() | ModelError():  # of a request: a model without a chat template
             return ApiError(400, _text(error))
         case BusyError():
             return ApiError(429, _text(error), code="rate_limit_exceeded", type="rate_limit_error")

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.guard.metrics import Metrics
-from serve.guard.record import Record, open_record
+from serve.guard.record import Record, open_record, path_of
 
 logger = logging.getLogger("nexus_ray.serve.access")
 _REQUEST_ID = re.compile(rb"[\w.-]{1,64}")
@@ -58,7 +58,7 @@ class AccessLog:
     def _write(self, scope: Scope, record: Record, status: int) -> None:
         seconds = time.monotonic() - record.began
         self._metrics.count(_route(scope), status, seconds, record)
-        if scope["path"] in ("/healthz", "/metrics"):  # asked for every few seconds by machines
+        if path_of(scope) in ("/healthz", "/metrics"):  # asked for every few seconds by machines
             return
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -75,7 +75,7 @@ class AccessLog:
             line["first_piece_seconds"] = round(record.first_piece, 4)
         if record.keeps_text:
             line |= {"given": record.given, "answer": "".join(text for text in record.answer if text)}
-        logger.info(json.dumps(line, ensure_ascii=False, default=_plain))
+        logger.info(json.dumps(line, default=_plain))
 
 
 def _plain(value: Any) -> Any:

@@ -17,11 +17,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nexus_ray.errors import ConfigError
 from serve.errors import ApiError, error_response
-from serve.guard.record import record_of
+from serve.guard.record import path_of, record_of
 
 VARIABLE = "NEXUS_RAY_API_KEYS"
 _LINE = re.compile(r"(?P<name>[\w.@-]{1,64}):(?P<digest>[0-9a-f]{64})")
-_PROTECTED = "/v1/"
+# Everything else needs a key: the page itself, its files, what machines ask for, and the interface's description.
+_PUBLIC = frozenset(("/", "/healthz", "/metrics", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"))
+_PUBLIC_FOLDER = "/web/"
 
 
 def new_key(name: str) -> tuple[str, str]:
@@ -123,7 +125,7 @@ def _digest(key: str) -> str:
 
 
 class RequireKey:
-    """Lets only requests with a key through to /v1/.
+    """Lets only requests with a key through, but for what is public.
 
     Args:
         app: what answers them.
@@ -136,7 +138,7 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request (ASGI)."""
-        if scope["type"] != "http" or not self._keys.required or not scope["path"].startswith(_PROTECTED):
+        if scope["type"] != "http" or not self._keys.required or _is_public(path_of(scope)):
             await self._app(scope, receive, send)
             return
         given = _bearer(scope)
@@ -149,6 +151,10 @@ class RequireKey:
         if record := record_of(scope):
             record.client = owner
         await self._app(scope, receive, send)
+
+
+def _is_public(path: str) -> bool:
+    return path in _PUBLIC or path.startswith(_PUBLIC_FOLDER)
 
 
 def _bearer(scope: Scope) -> str | None:

@@ -53,6 +53,12 @@ def record_of(scope: Scope) -> Record | None:
     return found
 
 
+def path_of(scope: Scope) -> str:
+    """The path within the application, which may be mounted below others."""
+    root, path = scope.get("root_path", ""), str(scope["path"])
+    return path[len(root) :] or "/" if root and path.startswith(root) else path
+
+
 def note(
     request: Request,
     *,

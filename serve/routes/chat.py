@@ -33,6 +33,7 @@ def add_chat(api: FastAPI, service: Service) -> None:
     @api.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, at once or as server-sent events."""
+        service.require(body.model)
         service.check_length(body.asked_tokens[1], body.asked_tokens[0])
         note(request, model=body.model, messages=body.messages)
         prompts = await run_in_threadpool(_prompts, service, body)

@@ -86,7 +86,7 @@ class _Writer:
         # One greedy token beside the prompt's log-probabilities, as evaluation harnesses ask for it, takes no more
         # than the pass over the prompt.
         greedy = body.new_tokens == 1 and body.temperature == 0
-        self._follow = bool(body.echo) and body.logprobs is not None and greedy
+        self._follow = bool(body.echo) and body.logprobs is not None and greedy and not body.stop
         self.complete = bool(body.echo) and (body.new_tokens == 0 or self._follow)
 
     async def read_prompts(self) -> None:
@@ -159,6 +159,10 @@ class _Writer:
         """The chunk of a piece that begins at character `start`."""
         return self.chunk(index, piece.text, self._logprobs(piece.tokens, start))
 
+    def length_of(self, piece: Piece) -> int:
+        """Characters of its tokens; text that may begin a stop string is held back, its tokens are not."""
+        return len(b"".join(self._codec.token_bytes(token.id) for token in piece.tokens).decode(errors="replace"))
+
     def chunk(
         self, index: int, text: str, logprobs: dict[str, Any] | None = None, reason: str | None = None
     ) -> dict[str, Any]:
@@ -209,7 +213,7 @@ async def _events(writer: _Writer, answers: Sequence[Answer], request: Request) 
         else:
             note(request, piece=piece.text)
             yield writer.piece(index, piece, lengths[index])
-            lengths[index] += len(piece.text)
+            lengths[index] += writer.length_of(piece)
     usage = usage_of(answers, writer.choices)
     note(request, usage=usage)
     if writer.include_usage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -139,11 +140,12 @@ class ChatRequest(GenerationRequest):
 
     def conversation(self) -> list[dict[str, Any]]:
         """Messages for the chat template, which takes one call a message: several are spread, each with its answer."""
+        calls = Counter(call.id for message in self.messages for call in message.tool_calls or ())
         results = {message.tool_call_id: message for message in self.messages if message.role == "tool"}
         messages: list[dict[str, Any]] = []
         for message in self.messages:
             if message.role == "tool":
-                if len(self._calls(message.tool_call_id)) != 1:
+                if calls[message.tool_call_id or ""] != 1:
                     raise ValueError(f"messages: no call, or several, have the id {message.tool_call_id!r}")
                 continue
             messages.append(_plain(message))
@@ -154,9 +156,6 @@ class ChatRequest(GenerationRequest):
                 if call.id in results:
                     messages.append({"role": "tool", "content": results[call.id].content or ""})
         return messages
-
-    def _calls(self, call_id: str | None) -> list[ToolCall]:
-        return [call for message in self.messages for call in message.tool_calls or () if call.id == call_id]
 
     def functions(self) -> list[dict[str, Any]] | None:
         """Functions for the chat template."""

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 MOST_CHOICES = 16
 MOST_ALTERNATIVES = 20
+MOST_STOPS = 32  # more than OpenAI's 4: evaluation harnesses send all that a task has
 
 
 def _whole_characters(text: str) -> str:
@@ -46,7 +47,7 @@ class GenerationRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
-    stop: AnyText | Annotated[list[NonEmpty], Field(max_length=4)] | None = None
+    stop: AnyText | Annotated[list[NonEmpty], Field(max_length=MOST_STOPS)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
 
     @model_validator(mode="before")

@@ -79,6 +79,30 @@ def test_more_requests_than_the_cache_holds_wait_their_turn(make_assistant, stud
     assert all(tokens(continuation) == expected for continuation in running)
 
 
+def test_new_requests_are_let_in_when_all_that_filled_the_cache_are_cancelled(make_assistant, student):
+    engine = make_assistant(cache_tokens=512, page_tokens=16, requests=30).engine
+    tokens(engine.submit(greedy("student", count=1)))
+    blocked = threading.Event()
+    scheduler = engine._manager.batch_processor.scheduler
+    engine.base.model.register_forward_hook(lambda *_: blocked.set() if scheduler.block_new_requests else None)
+    running = [engine.submit(greedy("student", PROMPT, 200)) for _ in range(12)]
+    assert blocked.wait(60), "the cache was never full"
+    for continuation in running:
+        continuation.cancel()
+    assert tokens(engine.submit(greedy("student"))) == reference(student)
+
+
+def test_scoring_works_after_a_failure(make_assistant, monkeypatch):
+    engine = make_assistant().engine
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.base.model.model, "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(RuntimeError, match="division"):
+            tokens(engine.submit(greedy("base")))
+    assert engine.state().step_seconds == 0
+    [choices] = engine.score([ScoringRequest(PROMPT, PROMPT[1:], "base")], threading.Event()).result(30)
+    assert len(choices) == len(PROMPT) - 1
+
+
 def test_an_exchanged_overlay_answers_new_requests_and_old_ones_end_as_they_began(
     make_assistant, micro_overlay, other_overlay, student, micro_model
 ):

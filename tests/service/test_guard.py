@@ -57,6 +57,14 @@ def test_a_key_opens_the_routes_and_nothing_else_does(service, keys):
         assert client.get("/healthz").status_code == 200
 
 
+def test_keys_hold_where_the_application_is_mounted_below_others(service, keys):
+    guard, _, key = keys
+    client = TestClient(build_api(service, keys=guard), root_path="/nexus", raise_server_exceptions=False)
+    assert client.get("/nexus/v1/models").status_code == 401
+    assert client.get("/nexus/v1/models", headers=bearer(key)).status_code == 200
+    assert client.get("/nexus/healthz").status_code == 200
+
+
 def test_a_withdrawn_key_no_longer_opens(service, keys):
     guard, path, key = keys
     other, line = new_key("bob")

@@ -83,6 +83,7 @@ class BatchingEngine:
         self._running: dict[str, _Running] = {}
         self._numbers = itertools.count()
         self._admission = threading.Lock()
+        self._starting = threading.Lock()
         self._closing = False
         self._generated_tokens = self._prompt_tokens = 0
         self._step_began: float | None = None
@@ -128,8 +129,7 @@ class BatchingEngine:
                 self._progress = time.monotonic()
             self._running[number] = _Running(request, model, Draw(request), continuation)
             self._prompt_tokens += len(request.ids)
-            if not self._manager.is_running():  # an error ended it, and was told to all who waited
-                self._manager.start()
+            self._start()
             taken = self._manager.add_request(
                 # The cache shares prefixes by token ids, which must not make an overlay read what another wrote.
                 [id_ + model.salt * self._vocabulary for id_ in request.ids],
@@ -206,6 +206,13 @@ class BatchingEngine:
             raise UnknownModelError(f"there is no model {name[:100]!r}; known: {', '.join(map(repr, models))}")
         return models[name]
 
+    def _start(self) -> None:
+        """Start transformers' loop again if an error ended it, which was told to all who waited."""
+        if not self._manager.is_running():
+            with self._starting:  # not while a scoring pass is waiting for the loop to pause
+                if not self._manager.is_running():
+                    self._manager.start()
+
     def _admit(self) -> None:
         if self._closing:
             raise ClosedError("the service is shutting down")
@@ -214,7 +221,10 @@ class BatchingEngine:
 
     def _draw_of(self, number: str) -> Draw | None:
         running = self._running.get(number)
-        return None if running is None else running.draw
+        if running is None:  # a cancellation that came before its request was taken in is forgotten: say it again
+            self._manager.cancel_request(number)
+            return None
+        return running.draw
 
     def _emit(self, number: str, event: TokenChoice | Exception) -> None:
         """Hand out a token as soon as it is chosen; on the engine's thread."""
@@ -267,11 +277,23 @@ class BatchingEngine:
     def _score_alone(self, segments: Sequence[tuple[ServedOverlay | None, int]], work: Callable[[], Any]) -> Any:
         """Run a scoring pass while no other pass runs."""
         with ExitStack() as stack:
-            if self._manager.is_running():
-                stack.enter_context(self._manager.pause())
+            self._pause(stack)
             stack.enter_context(self._rows.assigned(segments))
             self._step_began = time.monotonic()
             try:
                 return work()
             finally:
                 self._step_began = None
+
+    def _pause(self, stack: ExitStack) -> None:
+        """Keep transformers' loop waiting for as long as the stack is open; start it first if an error ended it."""
+        for last in (False, True):
+            self._start()
+            try:
+                with self._starting:
+                    stack.enter_context(self._manager.pause())
+            except RuntimeError:  # it ended at this moment
+                if last:
+                    raise
+            else:
+                return

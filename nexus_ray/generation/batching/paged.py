@@ -12,12 +12,15 @@ from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 from transformers.generation.logits_process import LogitsProcessorList
 
 from nexus_ray.generation.batching.attention import NAME as ATTENTION
 from nexus_ray.generation.batching.attention import Plan
 from nexus_ray.generation.batching.sampling import RowSampler
 from nexus_ray.modeling.loading import LoadedModel
+
+_SCHEDULER = "nexus"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,22 @@ class _Delivery(OutputRouter):
             self.deliver(output)
 
 
+class _Scheduler(FIFOScheduler):
+    """First in, first out; a full cache keeps new requests out only while there are others to wait for.
+
+    transformers lets them in again when a request finishes, not when the last one is cancelled.
+    """
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
+        """Choose the requests of the next pass."""
+        if not self.active_requests:
+            self.block_new_requests = False
+        return super().schedule_batch(token_budget, cache_budget)
+
+
+SCHEDULER_MAPPING[_SCHEDULER] = _Scheduler
+
+
 def paged_manager(
     base: LoadedModel, limits: BatchLimits, sampler: RowSampler, deliver: Callable[[str, str | None], None]
 ) -> ContinuousBatchingManager:
@@ -78,6 +97,7 @@ def paged_manager(
         max_batch_tokens=limits.batch_tokens,
         max_requests_per_batch=limits.batch_requests,
         max_blocks_per_request=0,
+        scheduler_type=_SCHEDULER,
         auto_switch_to_flash=False,
         use_async_batching=False,
         use_cuda_graph=False,

@@ -102,12 +102,10 @@ class BatchScorer:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._windows or self._closing)
-                if self._closing:
-                    refused, self._windows = self._windows, []
-                else:
-                    batch = self._next_batch()
-            if self._closing:
-                for window in refused:
+                closing = self._closing
+                batch, self._windows = (self._windows, []) if closing else (self._next_batch(), self._windows)
+            if closing:
+                for window in batch:
                     self._fail(window.job, ClosedError("the service is shutting down"))
                 return
             self._score(batch)
