@@ -21,7 +21,7 @@ from ray.serve import Application
 
 from nexus_ray.cluster import actor_options, ensure_ray, set_worker_threads
 from nexus_ray.config import Config, Section, load_config
-from nexus_ray.config.sections import ServeSection
+from nexus_ray.config.serving import ServeSection
 from nexus_ray.errors import ConfigError, NexusError
 from nexus_ray.generation.request import BASE
 from nexus_ray.generation.serving import load_assistant, overlays_of, require_overlays

@@ -1,4 +1,4 @@
-"""Verbs that use a finished overlay: compare routers, export, prove an export, serve, chat."""
+"""Verbs that use a finished overlay: compare routers, export, prove an export, serve, make keys, chat."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from nexus_ray.cli.app import ConfigPath, Overrides, Quiet, Verbose, app, load, output
 from nexus_ray.config import Config
 from nexus_ray.console import setup_logging
+from nexus_ray.errors import ConfigError
 
 
 @app.command()
@@ -97,7 +98,10 @@ def api_key(
 
     key, line = new_key(name)
     if file is not None:
-        before = file.read_text(encoding="utf-8") if file.exists() else ""
+        try:
+            before = file.read_text(encoding="utf-8") if file.exists() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--file: cannot read {file}: {error}", "name a file of keys, or a new one") from error
         write_text(file, f"{before}{'' if before.endswith(chr(10)) or not before else chr(10)}{line}\n")
     output.print(f"key, give it to {name}: {key}", highlight=False, soft_wrap=True, markup=False)
     where = f"added to {file}" if file is not None else "line for the file that serve.api_keys names"

@@ -33,10 +33,10 @@ from nexus_ray.config.sections import (
     ResourcesSection,
     RunSection,
     SelectSection,
-    ServeSection,
     SourceSection,
     TargetsSection,
 )
+from nexus_ray.config.serving import ServeSection
 from nexus_ray.config.training import (
     LOSSES,
     AveragingSection,

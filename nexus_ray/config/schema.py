@@ -19,9 +19,9 @@ from nexus_ray.config.sections import (
     ResourcesSection,
     RunSection,
     SelectSection,
-    ServeSection,
     TargetsSection,
 )
+from nexus_ray.config.serving import ServeSection
 from nexus_ray.config.training import TrainSection, TrainSourceSection
 
 STAGES = ("collect", "select", "convert", "precompute", "train", "evaluate")

@@ -8,7 +8,7 @@ import { problemView } from "./problem.js";
 import { nats, visible } from "./scale.js";
 import { ScoredText } from "./scored.js";
 
-const LARGEST_FILE = 8_000_000; // bytes
+const LARGEST_FILE = 1_000_000; // bytes
 const EXAMPLE = `To be, or not to be, that is the question:
 Whether 'tis nobler in the mind to suffer
 The slings and arrows of outrageous fortune,

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from nexus_ray.generation.request import ClosedError, ScoringRequest, TokenChoice
+from nexus_ray.modeling.head import chunks, logits_of
 from nexus_ray.modeling.loading import LoadedModel
 from nexus_ray.modeling.overlay_rows import ServedOverlay
 
 Item = tuple[ScoringRequest, ServedOverlay | None]
 Alone = Callable[[Sequence[tuple[ServedOverlay | None, int]], Callable[[], Any]], Any]
-_LOGIT_BYTES = 64 << 20  # of float32 logits held at one time
 
 
 @dataclass
@@ -181,12 +181,10 @@ def _choices(base: LoadedModel, hidden: Tensor, request: ScoringRequest) -> list
     """The targets of one window, and the token that follows if asked for, from its hidden states [length, hidden]."""
     given: list[int | None] = [*request.targets, *([None] if request.follow else [])]
     hidden = hidden[len(request.inputs) - len(given) : len(request.inputs)]
-    head = base.model.get_output_embeddings()
-    step = max(1, _LOGIT_BYTES // (4 * int(base.config["vocab_size"])))
     choices: list[TokenChoice] = []
-    for start in range(0, len(given), step):
-        log_probs = head(hidden[start : start + step]).float().log_softmax(dim=-1)
-        choices += _named(log_probs, given[start : start + step], request.alternatives)
+    for part in chunks(hidden, int(base.config["vocab_size"])):
+        log_probs = logits_of(hidden[part], base.head).log_softmax(dim=-1)
+        choices += _named(log_probs, given[part], request.alternatives)
     return choices
 
 
