@@ -35,7 +35,14 @@ serve: setup ## serve base and student of a finished run (CONFIG=... for another
 	$(BIN)/nexus-ray serve $(CONFIG)
 
 test: setup ## tests that need neither minutes nor a GPU
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not gpu and not vllm"
+	@$(MAKE) --no-print-directory -j2 --output-sync=line test-ray test-rest
+
+# The two halves of `make test`, side by side: what starts Ray, and all the rest.
+test-ray: setup
+	$(BIN)/pytest -m "ray and not slow and not gpu and not vllm"
+
+test-rest: setup
+	$(BIN)/pytest -m "not ray and not slow and not gpu and not vllm"
 
 test-slow: setup ## tests that take minutes each
 	$(BIN)/pytest -m "slow and not gpu and not vllm"

@@ -42,12 +42,12 @@ MICRO = ArchitectureSection(
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest itself looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts Ray shares one of the two test processes, so that only one Ray instance is there at a time."""
+    """Mark what starts Ray: `make test` runs it in a process of its own, so that there is one Ray instance at a time."""
     for item in items:
-        uses_ray = item.get_closest_marker("ray") or "ray_session" in getattr(item, "fixturenames", ())
-        if uses_ray or "integration" in item.path.parts or "benchmarks" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group("ray"))
+        if "ray_session" in getattr(item, "fixturenames", ()) or "integration" in item.path.parts:
+            item.add_marker("ray")
 
 
 @pytest.fixture(scope="session", autouse=True)
