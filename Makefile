@@ -11,7 +11,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt tools/insta
 VLLM_FILES := pyproject.toml tools/vllm-constraints.txt tools/vllm_env.sh
 VLLM_STAMP := .venv-vllm/.installed-$(shell cat $(VLLM_FILES) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup vllm-env demo serve test test-slow test-gpu test-vllm lint format typecheck clean clean-all
+.PHONY: help setup vllm-env demo serve test test-ray test-rest test-slow test-gpu test-vllm lint format typecheck clean clean-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)

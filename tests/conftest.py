@@ -44,7 +44,7 @@ MICRO = ArchitectureSection(
 
 @pytest.hookimpl(tryfirst=True)  # before pytest itself looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts Ray: `make test` runs it in a process of its own, so that there is one Ray instance at a time."""
+    """Mark what starts Ray: `make test` runs it in a process of its own, with one Ray instance at a time."""
     for item in items:
         if "ray_session" in getattr(item, "fixturenames", ()) or "integration" in item.path.parts:
             item.add_marker("ray")
