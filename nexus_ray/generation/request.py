@@ -6,12 +6,10 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from nexus_ray.errors import NexusError
 
 BASE = "base"  # the model id of the base; every other model is an overlay on it
-FinishReason = Literal["stop", "length"]
 
 
 class ContextLengthError(NexusError):
@@ -93,14 +91,9 @@ TokenEvent = TokenChoice | Exception | None
 
 
 class Continuation:
-    """Tokens on their way. Iterate to get them as they come; the iteration raises what ended them untimely.
-
-    Attributes:
-        finish_reason: set when all tokens are out: stop for an end token, length when `max_tokens` cut it.
-    """
+    """Tokens on their way. Iterate to get them as they come; the iteration raises what ended them untimely."""
 
     def __init__(self, cancel: Callable[[], None], emit: Callable[[TokenEvent], None] | None = None) -> None:
-        self.finish_reason: FinishReason | None = None
         self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self.emit = emit or self._events.put
         self._cancel = cancel
@@ -111,11 +104,6 @@ class Continuation:
         if not self._cancelled.is_set():
             self._cancelled.set()
             self._cancel()
-
-    @property
-    def cancelled(self) -> bool:
-        """`cancel` has been called."""
-        return self._cancelled.is_set()
 
     def __iter__(self) -> Iterator[TokenChoice]:
         while (event := self._events.get()) is not None:

@@ -122,14 +122,6 @@ class TextScorer:
         )
         return scored
 
-    def score(self, texts: Sequence[str], models: Sequence[str], **windows: int | None) -> list[ScoredText]:
-        """`submit`, and wait.
-
-        Raises:
-            ArtefactError: a model's loss is not a finite number.
-        """
-        return self.submit(texts, models, threading.Event(), **windows).result()
-
     def _checked(self, length: int, stride: int | None) -> int:
         longest = self._assistant.engine.longest_window
         if not 1 <= length <= longest:

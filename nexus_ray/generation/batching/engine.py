@@ -237,7 +237,6 @@ class BatchingEngine:
             running.continuation.emit(event)
             request = running.request
             if event.id in request.end_ids or running.generated >= request.max_tokens:
-                running.continuation.finish_reason = "stop" if event.id in request.end_ids else "length"
                 self._running.pop(number, None)
                 running.continuation.emit(None)
 
