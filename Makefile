@@ -1,6 +1,7 @@
 # Every command of the project. Targets that run something set up `.venv` first; the first call takes minutes.
 
 SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -35,14 +36,14 @@ serve: setup ## serve base and student of a finished run (CONFIG=... for another
 	$(BIN)/nexus-ray serve $(CONFIG)
 
 test: setup ## tests that need neither minutes nor a GPU
-	@$(MAKE) --no-print-directory -j2 --output-sync=line test-ray test-rest
+	@$(MAKE) --no-print-directory -j2 test-ray test-rest
 
-# The two halves of `make test`, side by side: what starts Ray, and all the rest.
+# The two halves of `make test`, side by side: what starts Ray, and all the rest. Through `sed` each prints whole lines.
 test-ray: setup
-	$(BIN)/pytest -m "ray and not slow and not gpu and not vllm"
+	PYTHONUNBUFFERED=1 $(BIN)/pytest -m "ray and not slow and not gpu and not vllm" 2>&1 | sed -u 's/^/ray  | /'
 
 test-rest: setup
-	$(BIN)/pytest -m "not ray and not slow and not gpu and not vllm"
+	PYTHONUNBUFFERED=1 $(BIN)/pytest -m "not ray and not slow and not gpu and not vllm" 2>&1 | sed -u 's/^/rest | /'
 
 test-slow: setup ## tests that take minutes each
 	$(BIN)/pytest -m "slow and not gpu and not vllm"

@@ -94,8 +94,9 @@ def our_command(port: int, overrides: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "nexus_ray", "serve", config, f"serve.port={port}", *overrides]
 
 
-def transformers_command(model: Path, port: int, *, batching: bool) -> list[str]:
+def transformers_command(model: Path, port: int, dtype: str, *, batching: bool) -> list[str]:
     """`transformers serve`, with bounds where it batches: without them its cache takes most of the memory."""
     command = [str(Path(sys.executable).parent / "transformers"), "serve", str(model), "--port", str(port)]
+    command += ["--dtype", dtype]
     bounds = ["--continuous-batching", "--cb-num-blocks", "256", "--cb-max-batch-tokens", "512"]
     return command + (bounds if batching else [])

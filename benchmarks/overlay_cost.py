@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from _common import command_line, print_result
 from _servers import ROOT
+from _texts import heldout_texts
 
 from nexus_ray.config import ModelSection
 from nexus_ray.console import progress
@@ -31,7 +32,7 @@ from nexus_ray.modeling.loading import load_base
 
 def prompts(codec: Codec, count: int, length: int) -> list[tuple[int, ...]]:
     """Pieces of held-out text."""
-    ids = codec.encode((ROOT / "assets" / "text" / "shakespeare.heldout.jsonl").read_text(encoding="utf-8")[:400_000])
+    ids = codec.encode("\n".join(heldout_texts("shakespeare"))[: 16 * count * length])
     return [tuple(ids[start * length : (start + 1) * length]) for start in range(count)]
 
 

@@ -33,6 +33,8 @@ from _servers import ROOT, free_port, our_command, run_of, server
 from nexus_ray.errors import NexusError
 
 _REPLICA = "ServeReplica:nexus-ray:chat"
+_SLOW_READER_BYTES = 1 << 16  # what it lets the server send ahead, beside the sockets' buffers
+_SLOW_READER_SECONDS = 20  # before it reads
 _TIMEOUT = httpx.Timeout(300)
 
 
@@ -162,24 +164,26 @@ async def abandoned(address: str, streams: int) -> dict[str, Any]:
 
 
 async def holding_on(address: str, connections: int) -> dict[str, Any]:
-    """Idle connections, and a reader that does not read: what another client sees."""
+    """Idle connections, and a reader that does not read for long: what another client sees, and what it gets itself."""
     host, port = address.removeprefix("http://").split(":")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, connections + 1000), hard))
     idle = []
-    for _ in range(connections):
+    for number in range(connections):
         try:
             idle.append(await asyncio.wait_for(asyncio.open_connection(host, int(port)), 10))
-        except (OSError, TimeoutError):
-            break
-    body = json.dumps(chat(512, stream=True)).encode()
-    _, writer = await asyncio.open_connection(host, int(port))
+        except (OSError, TimeoutError) as error:
+            raise NexusError(f"connection {number + 1} was refused: {error}", "see `ulimit -Hn`") from error
+    body = json.dumps(chat(512, stream=True, n=4, logprobs=True, top_logprobs=20)).encode()
+    reader, writer = await asyncio.open_connection(host, int(port), limit=_SLOW_READER_BYTES)
     fields = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
     writer.write("\r\n".join([*fields, f"Content-Length: {len(body)}", "", ""]).encode() + body)
     async with httpx.AsyncClient(base_url=address, timeout=_TIMEOUT) as client:
         began = time.monotonic()
         response = await client.post("/v1/chat/completions", json=chat(16))
         seconds = time.monotonic() - began
+        await asyncio.sleep(_SLOW_READER_SECONDS)
+        unread = await asyncio.wait_for(reader.read(), _TIMEOUT.read)
     for held in [writer, *(writer for _, writer in idle)]:
         held.close()
         with contextlib.suppress(OSError):
@@ -189,6 +193,8 @@ async def holding_on(address: str, connections: int) -> dict[str, Any]:
         "idle_connections": len(idle),
         "status_beside_them": response.status_code,
         "seconds_beside_them": round(seconds, 3),
+        "slow_reader_mb": round(len(unread) / 1e6, 1),
+        "slow_reader_got_all": b"data: [DONE]" in unread[-100:],
     }
 
 

@@ -14,7 +14,6 @@ object.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from _common import command_line, print_result
 from _load import Load, run_load
 from _servers import ROOT, TINY, free_port, our_command, run_of, server, transformers_command
+from _texts import heldout_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nexus_ray.console import progress
@@ -33,9 +33,7 @@ _DOCUMENT_CHARACTERS = 300
 
 def questions(count: int) -> list[str]:
     """Beginnings of held-out documents."""
-    lines = (ROOT / "assets" / "text" / "shakespeare.heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["text"] for line in lines]
-    joined = " ".join(texts)
+    joined = " ".join(heldout_texts("shakespeare"))
     step = max(1, (len(joined) - _DOCUMENT_CHARACTERS) // count)
     return [joined[start : start + _DOCUMENT_CHARACTERS] for start in range(0, count * step, step)]
 
@@ -107,7 +105,7 @@ def theirs(arguments: argparse.Namespace, folder: Path, threads: int, *, batchin
     texts = questions(arguments.requests)[: None if batching else arguments.sequential]
     asked = bodies(texts, [str(arguments.model)], arguments.tokens)
     port = free_port()
-    command = transformers_command(arguments.model, port, batching=batching)
+    command = transformers_command(arguments.model, port, arguments.dtype, batching=batching)
     with server(command, port, "/health", folder / "theirs.log", threads) as address:
         run_load(address, asked[: arguments.clients if batching else 1], arguments.clients)
         return run_load(address, asked, arguments.clients)

@@ -17,7 +17,6 @@ Bytes are those of the encoding, before Parquet compresses them.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ import torch
 from _common import command_line, print_result
 from _distillkit import BUDGET, RECOMMENDED
 from _target_forms import Form, Outputs, distillkit_form, float16_form, hidden_form, top_k_bytes, top_k_form
+from _texts import heldout_texts
 from torch import Tensor
 
 from nexus_ray.config import ModelSection
@@ -80,8 +80,7 @@ def ask(directory: Path, tokens: int) -> Teacher:
     found = []
     rows = tokens // _LENGTH // len(_SOURCES)
     for source in _SOURCES:
-        lines = (_ROOT / "assets" / "text" / f"{source}.heldout.jsonl").read_text(encoding="utf-8").splitlines()
-        text = "\n".join(json.loads(line)["text"] for line in lines)[: 16 * rows * _LENGTH]
+        text = "\n".join(heldout_texts(source))[: 16 * rows * _LENGTH]
         ids = torch.tensor(base.tokenizer(text, verbose=False)["input_ids"][: rows * _LENGTH]).view(rows, _LENGTH)
         found.append(base.hidden_states(ids, torch.ones_like(ids, dtype=torch.bool))[0].flatten(0, 1))
     return Teacher(torch.cat(found), base.head.detach())

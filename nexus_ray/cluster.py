@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -99,13 +100,16 @@ def map_over_pool(
         max_size=most,
         max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT,
     )
-    results = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
-        _Guarded,  # type: ignore[arg-type]
-        fn_constructor_kwargs={"worker": worker, "arguments": arguments},
-        compute=pool,
-        max_task_retries=_RETRIES,
-        **actor_options(resources),
-    )
+    with warnings.catch_warnings():
+        # Ray has no parameter of its own for retries yet; pyproject.toml keeps it below 2.64, where this way ends.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        results = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
+            _Guarded,  # type: ignore[arg-type]
+            fn_constructor_kwargs={"worker": worker, "arguments": arguments},
+            compute=pool,
+            max_task_retries=_RETRIES,
+            **actor_options(resources),
+        )
     unit, total = amount or ("", len(items))
     forecast = Forecast(total)
     with progress(description, total, unit, about=bool(expected)) as advance:

@@ -15,6 +15,7 @@ from nexus_ray.generation.request import BusyError, ClosedError, ContextLengthEr
 from serve.schemas.answers import ErrorAnswer, ErrorDetail
 
 logger = logging.getLogger(__name__)
+CLIENT_CLOSED = 499  # nginx's number for a client that went away
 _INVALID = "invalid_request_error"
 
 
@@ -90,9 +91,11 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     """Unknown paths and methods."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(error.status_code)
-    return error_response(
+    answer = error_response(
         ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path[:200]}", code=code)
     )
+    answer.headers.update(error.headers or {})  # Allow, of a 405
+    return answer
 
 
 async def _on_validation_error(_: Request, error: Exception) -> JSONResponse:

@@ -27,7 +27,7 @@ def _chat_token(codec: Codec, id_: int, logprob: float | None) -> dict[str, Any]
 
 
 def text_logprobs(
-    codec: Codec, choices: Sequence[TokenChoice], alternatives: int, start: int = 0
+    codec: Codec, choices: Sequence[TokenChoice], alternatives: int, start: int = 0, *, generated: bool = False
 ) -> dict[str, list[Any]]:
     """`logprobs` of a completion: parallel lists, a place a token.
 
@@ -36,9 +36,10 @@ def text_logprobs(
         choices: the tokens; one without a log-probability has nothing before it.
         alternatives: most likely tokens to name; the token itself is always named.
         start: characters of text before the first token.
+        generated: special tokens are no text.
     """
     tokens = [codec.token_text(choice.id) for choice in choices]
-    offsets = codec.offsets([choice.id for choice in choices])
+    offsets = codec.offsets([choice.id for choice in choices], generated=generated)[:-1]
     return {
         "tokens": tokens,
         "token_logprobs": [None if choice.logprob is None else _finite(choice.logprob) for choice in choices],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 
 from starlette.concurrency import run_in_threadpool
 
@@ -101,7 +102,7 @@ class Service:
             UnknownModelError: it is not.
         """
         if model not in self.models:
-            raise UnknownModelError(f"there is no model {model[:100]!r}; known: {', '.join(map(repr, self.models))}")
+            raise UnknownModelError.of(model, self.models)
 
     def check_length(self, asked: int | None, param: str) -> None:
         """Refuse to generate more tokens than the service allows.
@@ -141,19 +142,11 @@ class Service:
         Raises:
             NexusError: as `TextScorer.submit`.
         """
-        cancelled = threading.Event()
-        try:
-            async with asyncio.timeout(self._timeout):
-                scored = await run_in_threadpool(
-                    self.scorer.submit, texts, models, cancelled, sequence_length=sequence_length, stride=stride
-                )
-                return await asyncio.wrap_future(scored)
-        except TimeoutError as error:
-            raise ApiError(
-                504, f"scoring took longer than {self._timeout:g} s", code="timeout", type="server_error"
-            ) from error
-        finally:
-            cancelled.set()
+        async with self._scoring() as ended:
+            scored = await run_in_threadpool(
+                self.scorer.submit, texts, models, ended, sequence_length=sequence_length, stride=stride
+            )
+            return await asyncio.wrap_future(scored)
 
     async def score(self, requests: Sequence[ScoringRequest]) -> list[list[TokenChoice]]:
         """Score given tokens; a caller that is cancelled stops the work.
@@ -161,13 +154,18 @@ class Service:
         Raises:
             BusyError, ClosedError: as `Engine.score`.
         """
-        cancelled = threading.Event()
+        async with self._scoring() as ended:
+            return await asyncio.wrap_future(self.assistant.engine.score(requests, ended))
+
+    @asynccontextmanager
+    async def _scoring(self) -> AsyncIterator[threading.Event]:
+        """An event that is set at the end of the block, whatever ends it; the time limit does so with 504."""
+        ended = threading.Event()
         try:
             async with asyncio.timeout(self._timeout):
-                return await asyncio.wrap_future(self.assistant.engine.score(requests, cancelled))
+                yield ended
         except TimeoutError as error:
-            raise ApiError(
-                504, f"scoring took longer than {self._timeout:g} s", code="timeout", type="server_error"
-            ) from error
+            message = f"scoring took longer than {self._timeout:g} s"
+            raise ApiError(504, message, code="timeout", type="server_error") from error
         finally:
-            cancelled.set()
+            ended.set()

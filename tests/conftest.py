@@ -75,31 +75,49 @@ def micro_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_directory: P
     return path
 
 
+WriteOverlay = Callable[..., Path]
+
+
 @pytest.fixture(scope="session")
-def micro_overlay(tmp_path_factory: pytest.TempPathFactory, micro_model: Path) -> Path:
-    """An overlay for the micro model in which every tensor matters."""
-    path = tmp_path_factory.mktemp("overlays") / "random"
+def write_overlay() -> WriteOverlay:
+    """Writes an overlay for a base into a directory; see `_write_overlay`."""
+    return _write_overlay
+
+
+def _write_overlay(
+    base: Path, path: Path, *, width: int, std: float, token_gate: bool = False, scale: float = 1.0, seed: int = 0
+) -> Path:
+    """Every tensor is random, with this standard deviation; 0: the student is the base."""
+    config = read_model_config(base)
+    family = family_of(config)
+    sizes = family.dimensions(config)
     description = OverlayConfig(
-        base_fingerprint=fingerprint(micro_model),
-        model_type="gpt_oss",
-        layers=2,
-        hidden_size=64,
-        width=64,
-        token_gate=True,
-        scale=0.5,
+        base_fingerprint=fingerprint(base),
+        model_type=str(config["model_type"]),
+        layers=sizes.layers,
+        hidden_size=sizes.hidden_size,
+        width=width,
+        token_gate=token_gate,
+        scale=scale,
         learn_scale=False,
         initialisation="random",
         dtype="float32",
     )
-    config = read_model_config(micro_model)
-    experts = build_shared_experts(description, activation(family_of(config), config))
-    generator = torch.Generator().manual_seed(1)
+    experts = build_shared_experts(description, activation(family, config))
+    generator = torch.Generator().manual_seed(seed)
     tensors = {
-        name: torch.randn(tensor.shape, generator=generator) * 0.2 if "scale" not in name else tensor
+        name: torch.randn(tensor.shape, generator=generator) * std if "scale" not in name else tensor
         for name, tensor in experts.state_dict().items()
     }
     save_overlay(path, description, tensors)
     return path
+
+
+@pytest.fixture(scope="session")
+def micro_overlay(tmp_path_factory: pytest.TempPathFactory, micro_model: Path, write_overlay: WriteOverlay) -> Path:
+    """An overlay for the micro model in which every tensor matters."""
+    path = tmp_path_factory.mktemp("overlays") / "random"
+    return write_overlay(micro_model, path, width=64, std=0.2, token_gate=True, scale=0.5, seed=1)
 
 
 def _sentences(words: str, count: int) -> str:

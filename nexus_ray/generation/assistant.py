@@ -226,7 +226,7 @@ class Assistant:
     def _require(self, model: str) -> None:
         known = self.engine.models
         if model not in known:
-            raise UnknownModelError(f"there is no model {model[:100]!r}; known: {', '.join(map(repr, known))}")
+            raise UnknownModelError.of(model, known)
 
     def _request(self, ids: list[int], model: str, params: SamplingParams, ends: frozenset[int]) -> TokenRequest:
         context = self.engine.context_length

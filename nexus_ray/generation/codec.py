@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import functools
 import threading
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ class Codec:
         self._tokenizer = tokenizer
         # Encoding text and encoding chats set different options of one tokenizer.
         self._lock = threading.Lock()
+        self._speller = copy.deepcopy(tokenizer)  # streams go on while a long text is encoded
         self.end_ids = end_ids
         self.separator = separator_id(tokenizer)
         self.harmony = HarmonyTokens.of(tokenizer, end_ids)
@@ -76,23 +78,28 @@ class Codec:
         with self._lock:
             return encode_document(self._tokenizer, Document(text=text))
 
-    def offsets(self, ids: Sequence[int]) -> list[int]:
-        """Character of their joint text at which each token begins, or in the middle of which."""
-        decoder, starts, place = codecs.getincrementaldecoder("utf-8")("replace"), [], 0
+    def offsets(self, ids: Sequence[int], *, generated: bool = False) -> list[int]:
+        """Character of their joint text at which each token begins, or in the middle of which; last, where it ends.
+
+        Args:
+            ids: the tokens.
+            generated: special tokens are no text.
+        """
+        decoder, starts, place = codecs.getincrementaldecoder("utf-8")("replace"), [0], 0
         for id_ in ids:
+            if not (generated and id_ in self.harmony.special):
+                place += len(decoder.decode(self.token_bytes(id_)))
             starts.append(place)
-            place += len(decoder.decode(self.token_bytes(id_)))
         return starts
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
-        with self._lock:
-            return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        return str(self._speller.decode(list(ids), clean_up_tokenization_spaces=False))
 
     @functools.lru_cache(maxsize=65_536)  # noqa: B019 (a codec lives as long as its service)
     def token_bytes(self, id_: int) -> bytes:
         """UTF-8 bytes that a token stands for; of a special token, its name. They may be part of a character."""
-        token = str(self._tokenizer.convert_ids_to_tokens(id_))
+        token = str(self._speller.convert_ids_to_tokens(id_))
         if id_ in self.harmony.special:
             return token.encode()
         alphabet = _byte_of_character()

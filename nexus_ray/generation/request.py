@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from nexus_ray.errors import NexusError
@@ -18,6 +18,11 @@ class ContextLengthError(NexusError):
 
 class UnknownModelError(NexusError):
     """No model of that name is served."""
+
+    @classmethod
+    def of(cls, model: str, known: Iterable[str]) -> UnknownModelError:
+        """The error for `model` where only `known` are served."""
+        return cls(f"there is no model {model[:100]!r}; known: {', '.join(map(repr, known))}")
 
 
 class BusyError(NexusError):

@@ -11,12 +11,12 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.errors import CLIENT_CLOSED
 from serve.guard.metrics import Metrics
 from serve.guard.record import Record, open_record, path_of
 
 logger = logging.getLogger("nexus_ray.serve.access")
 _REQUEST_ID = re.compile(rb"[\w.-]{1,64}")
-_CLIENT_CLOSED = 499  # nginx's number for a client that went away; nothing of it is sent
 
 
 class AccessLog:
@@ -39,7 +39,7 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         record = open_record(scope, _request_id(scope), keeps_text=self._keeps_text)
-        status, complete = _CLIENT_CLOSED, False
+        status, complete = CLIENT_CLOSED, False
 
         async def watched(message: Message) -> None:
             nonlocal status, complete
@@ -53,7 +53,7 @@ class AccessLog:
             try:
                 await self._app(scope, receive, watched)
             finally:
-                self._write(scope, record, status if complete else _CLIENT_CLOSED)
+                self._write(scope, record, status if complete else CLIENT_CLOSED)
 
     def _write(self, scope: Scope, record: Record, status: int) -> None:
         seconds = time.monotonic() - record.began

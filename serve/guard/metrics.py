@@ -44,6 +44,12 @@ class Metrics:
                 "Tokens generated since the start, abandoned ones among them",
                 lambda: engine.state().generated_tokens,
             ),
+            (
+                "nexus_ray_engine_prompt_tokens",
+                "Tokens of prompts taken in since the start",
+                lambda: engine.state().prompt_tokens,
+            ),
+            ("nexus_ray_engine_scored_tokens", "Tokens scored since the start", lambda: engine.state().scored_tokens),
         ):
             Gauge(name, text, registry=registry).set_function(read)
 

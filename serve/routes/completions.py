@@ -18,7 +18,7 @@ from nexus_ray.generation.text import Piece
 from serve.guard.record import note
 from serve.interleave import interleaved
 from serve.logprobs import text_logprobs
-from serve.routes.whole import gather, usage_of
+from serve.routes.whole import for_a_listener, gather, usage_of
 from serve.schemas.answers import TextChoice, TextCompletion, Usage
 from serve.schemas.completions import CompletionRequest
 from serve.service import Answer, Service, cancel_all
@@ -37,19 +37,20 @@ def add_completions(api: FastAPI, service: Service) -> None:
         header = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         prompts = await run_in_threadpool(_prompts, service, body)
         writer = _Writer(service, body, header, prompts)
-        await writer.read_prompts()
+        await for_a_listener(writer.read_prompts(), request)
         if writer.complete:
-            choices, usage = writer.scored_only()
+            choices, usage = await run_in_threadpool(writer.scored_only)
         else:
             answers = service.start(prompts)
             if body.stream:
                 return EventStream(_events(writer, answers, request), partial(cancel_all, answers))
-            choices = [writer.choice(*found) for found in await gather(answers, request)]
+            choices = await run_in_threadpool(writer.written, await gather(answers, request))
             usage = usage_of(answers, body.choices)
         note(request, usage=usage, answer=[choice.text for choice in choices])
         if body.stream:
             return EventStream(writer.at_once(choices, usage), lambda: None)
-        return JSONResponse(TextCompletion(**header, choices=choices, usage=usage).model_dump())
+        completion = TextCompletion(**header, choices=choices, usage=usage)
+        return await run_in_threadpool(lambda: JSONResponse(completion.model_dump()))
 
 
 def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
@@ -136,15 +137,19 @@ class _Writer:
         new = len(choices) if self._follow else 0
         return choices, Usage(prompt_tokens=prompt_tokens, completion_tokens=new, total_tokens=prompt_tokens + new)
 
-    def choice(self, index: int, pieces: Sequence[Piece], answer: Answer) -> TextChoice:
-        """One complete choice."""
+    def written(self, found: Sequence[tuple[int, Sequence[Piece], Answer]]) -> list[TextChoice]:
+        """The choices that the pieces of answers make, given with their numbers."""
+        return [self._choice(*one) for one in found]
+
+    def _choice(self, index: int, pieces: Sequence[Piece], answer: Answer) -> TextChoice:
         given = self._given[index] if self._given else []
         before = self._text(given)
-        tokens = [*given, *(token for piece in pieces for token in piece.tokens)]
+        tokens = [token for piece in pieces for token in piece.tokens]
+        parts = [self._logprobs(given, 0), self._logprobs(tokens, len(before), generated=True)]
         return TextChoice(
             index=index,
             text=before + "".join(piece.text for piece in pieces),
-            logprobs=self._logprobs(tokens, 0),
+            logprobs=_joined(*parts),
             finish_reason="stop" if answer.reading.finish_reason == "stop" else "length",
         )
 
@@ -157,11 +162,11 @@ class _Writer:
 
     def piece(self, index: int, piece: Piece, start: int) -> dict[str, Any]:
         """The chunk of a piece that begins at character `start`."""
-        return self.chunk(index, piece.text, self._logprobs(piece.tokens, start))
+        return self.chunk(index, piece.text, self._logprobs(piece.tokens, start, generated=True))
 
     def length_of(self, piece: Piece) -> int:
         """Characters of its tokens; text that may begin a stop string is held back, its tokens are not."""
-        return len(b"".join(self._codec.token_bytes(token.id) for token in piece.tokens).decode(errors="replace"))
+        return self._codec.offsets([token.id for token in piece.tokens], generated=True)[-1]
 
     def chunk(
         self, index: int, text: str, logprobs: dict[str, Any] | None = None, reason: str | None = None
@@ -194,10 +199,19 @@ class _Writer:
     def _text(self, given: Sequence[TokenChoice]) -> str:
         return self._codec.decode([choice.id for choice in given]) if given else ""
 
-    def _logprobs(self, tokens: Sequence[TokenChoice], start: int) -> dict[str, Any] | None:
+    def _logprobs(
+        self, tokens: Sequence[TokenChoice], start: int, *, generated: bool = False
+    ) -> dict[str, list[Any]] | None:
         if self._body.logprobs is None:
             return None
-        return text_logprobs(self._codec, tokens, self._body.logprobs, start)
+        return text_logprobs(self._codec, tokens, self._body.logprobs, start, generated=generated)
+
+
+def _joined(given: dict[str, list[Any]] | None, generated: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
+    """Log-probabilities of a prompt and of its continuation."""
+    if given is None or generated is None:
+        return None
+    return {name: [*values, *generated[name]] for name, values in given.items()}
 
 
 async def _events(writer: _Writer, answers: Sequence[Answer], request: Request) -> AsyncIterator[dict[str, Any]]:

@@ -60,11 +60,9 @@ export class ScoredText {
   }
 
   #fill(text) {
-    const { unscored, pieces } = cut(text, this.result.tokens, this.result.offsets);
-    if (unscored)
-      this.body.append(h("span", { class: "unscored", title: "Not scored: nothing is before it" }, unscored));
+    const pieces = cut(text, this.result.offsets);
     for (const piece of pieces.slice(0, MOST_PIECES)) {
-      const element = h("span", { class: piece.mark ? "token mark" : "token" }, piece.text);
+      const element = h("span", { class: "token" }, piece.text);
       this.#pieces.set(element, piece);
       for (const index of piece.indices) this.#elements[index] = element;
       this.body.append(element);
@@ -119,19 +117,18 @@ export class ScoredText {
 
 /**
  * The text in pieces at the tokens' offsets, which count characters (code points, not the browser's UTF-16 units).
- * Tokens that share one character make one piece. A token at the end of the text is a mark such as the end of text.
+ * Tokens that share one character make one piece.
  */
-export function cut(text, tokens, offsets) {
+export function cut(text, offsets) {
   const characters = Array.from(text);
   const pieces = [];
   let shared = [];
   offsets.forEach((offset, index) => {
-    const mark = offset >= characters.length;
-    const part = mark ? tokens[index] : characters.slice(offset, offsets[index + 1]).join("");
+    const part = characters.slice(offset, offsets[index + 1]).join("");
     shared.push(index);
     if (part === "") return;
-    pieces.push({ text: part, indices: shared, mark });
+    pieces.push({ text: part, indices: shared });
     shared = [];
   });
-  return { unscored: characters.slice(0, offsets[0]).join(""), pieces };
+  return pieces;
 }

@@ -6,15 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from evaluation.local_tasks import write_rolling_task
 from transformers import AutoTokenizer
-
-from nexus_ray.checkpoints.fingerprint import fingerprint
-from nexus_ray.checkpoints.overlay import OverlayConfig, save_overlay
-from nexus_ray.checkpoints.reader import read_model_config
-from nexus_ray.families import family_of
-from nexus_ray.modeling.loading import activation, build_shared_experts
 
 SOURCES = ("shakespeare", "speeches", "code")
 
@@ -70,23 +63,6 @@ def test_all_three_figures_agree_with_the_hugging_face_backend(
 
 
 @pytest.fixture
-def tiny_overlay(tokenizer_directory, tmp_path):
+def tiny_overlay(tokenizer_directory, tmp_path, write_overlay):
     """A student of the tiny model in place of the micro model's; its shared experts put out nothing."""
-    config = read_model_config(tokenizer_directory)
-    sizes = family_of(config).dimensions(config)
-    description = OverlayConfig(
-        base_fingerprint=fingerprint(tokenizer_directory),
-        model_type="gpt_oss",
-        layers=sizes.layers,
-        hidden_size=sizes.hidden_size,
-        width=8,
-        token_gate=False,
-        scale=1.0,
-        learn_scale=False,
-        initialisation="zero",
-        dtype="float32",
-    )
-    experts = build_shared_experts(description, activation(family_of(config), config))
-    tensors = {name: torch.zeros_like(tensor) for name, tensor in experts.state_dict().items()}
-    save_overlay(tmp_path / "run" / "overlay", description, tensors)
-    return tmp_path / "run" / "overlay"
+    return write_overlay(tokenizer_directory, tmp_path / "run" / "overlay", width=8, std=0)

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import threading
+import time
 
 import pytest
 import torch
@@ -180,12 +181,20 @@ def test_what_a_cancelled_request_leaves_in_the_cache_is_its_overlay_s(full_atte
         engine.close()
 
 
-def test_a_failure_reaches_its_callers_and_the_engine_goes_on(assistant, monkeypatch):
+@pytest.mark.parametrize("seconds", [0, 0.5], ids=["", "while it is still ending"])
+def test_a_failure_reaches_its_callers_and_the_engine_goes_on(assistant, monkeypatch, seconds):
     engine = assistant.engine
+    status = engine._manager.background_thread_status
+    record = status.record_fatal_error
 
     def broken(*_, **__):
         raise RuntimeError("CUDA out of memory")
 
+    def slowly(error):
+        time.sleep(seconds)
+        record(error)
+
+    monkeypatch.setattr(status, "record_fatal_error", slowly)
     with monkeypatch.context() as patch:
         patch.setattr(engine.base.model.model, "forward", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -299,6 +308,15 @@ def test_requests_that_wait_while_no_pass_runs_are_noticed(assistant, monkeypatc
         engine.check()
     waiting.cancel()
     engine.check()
+
+
+def test_a_queue_longer_than_the_scorer_looks_ahead_is_scored_whole(assistant):
+    requests = [ScoringRequest(PROMPT[: 2 + index % 3], PROMPT[1 : 3 + index % 3], "base") for index in range(1500)]
+    alone = [assistant.engine.score([request], threading.Event()).result()[0] for request in requests[:3]]
+    results = assistant.engine.score(requests, threading.Event()).result(60)
+    for index, found in enumerate(results):
+        expected = [choice.logprob for choice in alone[index % 3]]
+        assert [choice.logprob for choice in found] == pytest.approx(expected, abs=1e-4)
 
 
 def test_abandoned_scoring_stops(assistant):

@@ -111,7 +111,8 @@ def test_a_refused_training_costs_nothing_that_stands(finished: Config, force: b
 
 
 def test_ctrl_c_is_python_s_again_after_a_training(finished: Config) -> None:
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    inherited = signal.SIG_IGN  # where a script started the tests in its background
+    assert signal.getsignal(signal.SIGINT) in (signal.default_int_handler, inherited)
 
 
 def test_a_stage_does_not_go_on_from_what_was_made_with_other_settings(finished: Config) -> None:

@@ -15,8 +15,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from serve.errors import install_handlers
 from serve.pages import add_pages
 
-SEPARATOR = "<|endoftext|>"
-
 
 @dataclass
 class Token:
@@ -163,14 +161,14 @@ def _event(value: dict[str, Any]) -> str:
 
 
 def perplexity_of(text: str, models: list[str]) -> dict[str, Any]:
-    """Tokens of a text, and what each model makes of them; the first token has nothing before it."""
+    """Tokens of a text, and what each model makes of them."""
     parts = [part for part, _ in scored(text, "")]
-    offsets = [sum(map(len, parts[:index])) for index in range(1, len(parts) + 1)]
+    offsets = [sum(map(len, parts[:index])) for index in range(len(parts))]
     scores = {}
     for model in models:
-        logprobs = [*(value for _, value in scored(text, model)[1:]), -2.0]
+        logprobs = [value for _, value in scored(text, model)]
         scores[model] = _figures(text, logprobs, len(text.split()), len(text.encode()))
-    return {"tokens": [*parts[1:], SEPARATOR], "offsets": offsets, "scores": scores}
+    return {"tokens": parts, "offsets": offsets, "scores": scores}
 
 
 def _figures(text: str, logprobs: list[float], words: int, size: int) -> dict[str, Any]:

@@ -142,7 +142,9 @@ def test_an_unknown_model_is_not_found(client, path):
 
 def test_unknown_paths_and_methods(client):
     assert error_of(client.get("/v1/nothing"), 404)["code"] == "not_found"
-    assert error_of(client.get("/v1/chat/completions"), 405)["code"] == "method_not_allowed"
+    refused = client.get("/v1/chat/completions")
+    assert error_of(refused, 405)["code"] == "method_not_allowed"
+    assert refused.headers["allow"] == "POST"
 
 
 def test_a_context_that_is_too_short(client, assistant):

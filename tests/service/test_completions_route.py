@@ -9,7 +9,9 @@ import torch
 from asking import error_of, events
 
 from nexus_ray.config import ModelSection
+from nexus_ray.generation.request import TokenChoice
 from nexus_ray.modeling.loading import load_student
+from serve.logprobs import text_logprobs
 
 BODY = {"model": "bard", "prompt": "thou art the", "max_tokens": 8, "temperature": 0}
 
@@ -94,6 +96,20 @@ def test_logprobs_of_an_echoed_prompt_are_those_of_a_forward_pass(client, assist
     assert "".join(found["tokens"]) == text
     for offset, token in zip(found["text_offset"], found["tokens"], strict=True):
         assert text[offset:].startswith(token)
+
+
+def test_special_tokens_of_a_prompt_are_text_and_generated_ones_are_not(client, assistant):
+    special = assistant.codec.separator
+    given, generated = ([TokenChoice(id_, -1.0) for id_ in (5, special, 6)] for _ in range(2))
+    echoed = text_logprobs(assistant.codec, given, 0)
+    follows = text_logprobs(assistant.codec, generated, 0, 100, generated=True)
+    first, name = (len(assistant.codec.token_text(id_)) for id_ in (5, special))
+    assert echoed["text_offset"] == [0, first, first + name]
+    assert follows["text_offset"] == [100, 100 + first, 100 + first]
+    [choice] = complete(client, prompt=[5, special, 6], echo=True, logprobs=0).json()["choices"]
+    text = assistant.codec.decode([5, special, 6])
+    assert choice["text"].startswith(text)
+    assert choice["logprobs"]["text_offset"][3] == len(text)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

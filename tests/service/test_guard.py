@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 import logging
-import threading
+import time
 
 import pytest
 from asking import BODY, HELLO, chat, error_of, events
@@ -208,6 +208,16 @@ def test_metrics_count_requests_and_tokens(client):
     assert found["nexus_ray_engine_running"] == 0
 
 
+def test_metrics_count_what_the_engine_reads_and_scores(client):
+    before = metrics_of(client)
+    usage = chat(client).json()["usage"]
+    scored = client.post("/v1/perplexity", json={"model": "bard", "text": "king and servant"}).json()
+    after = metrics_of(client)
+    read, judged = (f"nexus_ray_engine_{kind}_tokens" for kind in ("prompt", "scored"))
+    assert after[read] - before[read] == usage["prompt_tokens"]
+    assert after[judged] - before[judged] == scored["results"][0]["scores"]["bard"]["tokens"]
+
+
 def test_health_is_the_engine_s(client, assistant, monkeypatch):
     health = client.get("/healthz").json()
     assert (health["status"], health["models"]) == ("ok", ["base", "bard"])
@@ -219,54 +229,59 @@ def test_health_is_the_engine_s(client, assistant, monkeypatch):
     assert "forward pass" in error_of(client.get("/healthz"), 503)["message"]
 
 
+async def ask_and_leave(service, path, body, *, stream=False):
+    """An ASGI client that disconnects after the first event (or, without streaming, during the answer)."""
+    gone = asyncio.Event()
+    incoming = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive():
+        if incoming:
+            return incoming.pop(0)
+        if stream:
+            await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            gone.set()
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"content-type", b"application/json")]}
+    scope |= {"query_string": b"", "http_version": "1.1", "raw_path": path.encode(), "root_path": ""}
+    scope |= {"scheme": "http", "client": ("test", 1), "server": ("test", 80), "asgi": {"version": "3.0"}}
+    await build_api(service)(scope, receive, send)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_ends_its_generation(service, assistant, stream):
-    """An ASGI client that disconnects after the first event (or, without streaming, during the answer)."""
-    body = json.dumps(BODY | {"stream": stream, "max_tokens": 400}).encode()
     before = assistant.engine.state().generated_tokens
-
-    async def request():
-        gone = asyncio.Event()
-        incoming = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive():
-            if incoming:
-                return incoming.pop(0)
-            if stream:
-                await gone.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message):
-            if message["type"] == "http.response.body":
-                gone.set()
-
-        headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
-        scope |= {"query_string": b"", "http_version": "1.1", "raw_path": b"/v1/chat/completions", "root_path": ""}
-        scope |= {"scheme": "http", "client": ("test", 1), "server": ("test", 80), "asgi": {"version": "3.0"}}
-        await build_api(service)(scope, receive, send)
-
-    asyncio.run(request())
+    body = BODY | {"stream": stream, "max_tokens": 400}
+    asyncio.run(ask_and_leave(service, "/v1/chat/completions", body, stream=stream))
     assert assistant.engine.state().running == 0
     assert assistant.engine.state().generated_tokens - before < 400
 
 
-def test_a_client_that_goes_away_ends_its_scoring(service, assistant):
-    async def request():
-        scoring = asyncio.create_task(service.perplexity(["king and servant " * 400] * 8, ["base", "bard"], 32, 4))
-        await asyncio.sleep(0.2)
-        assert assistant.engine.state().scoring == 1
-        scoring.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await scoring
-
-    asyncio.run(request())
-    ended = threading.Event()
-    for _ in range(100):
-        if assistant.engine.state().scoring == 0:
-            break
-        ended.wait(0.05)
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/perplexity", {"texts": ["king and servant " * 400] * 8, "stride": 1}),
+        (
+            "/v1/completions",
+            {"model": "bard", "prompt": ["king and servant " * 40] * 8, "echo": True, "logprobs": 1, "max_tokens": 0},
+        ),
+    ],
+    ids=["perplexity", "echo"],
+)
+def test_a_client_that_goes_away_ends_its_scoring(service, assistant, log, path, body):
+    before = assistant.engine.state().scored_tokens
+    asyncio.run(ask_and_leave(service, path, body))
+    patience = time.monotonic() + 30
+    while assistant.engine.state().scoring and time.monotonic() < patience:
+        time.sleep(0.02)
     assert assistant.engine.state().scoring == 0
+    everything = sum(len(assistant.codec.encode(text)) for text in body.get("texts") or body["prompt"])
+    assert assistant.engine.state().scored_tokens - before < everything / 2
+    [line] = log()
+    assert line["status"] == 499
 
 
 def test_the_command_makes_a_key_that_opens(tmp_path, service, capsys):

@@ -8,22 +8,17 @@ from pathlib import Path
 
 import lm_eval
 import pytest
-import torch
 from browser import served
 from evaluation.local_tasks import write_choice_task, write_rolling_task
 
-from nexus_ray.checkpoints.fingerprint import fingerprint
-from nexus_ray.checkpoints.overlay import OverlayConfig, save_overlay
-from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.config import ModelSection
 from nexus_ray.evaluation.evaluate import evaluate
-from nexus_ray.families import family_of
 from nexus_ray.generation.assistant import Assistant
 from nexus_ray.generation.batching.engine import BatchingEngine
 from nexus_ray.generation.batching.paged import BatchLimits
 from nexus_ray.generation.codec import Codec
 from nexus_ray.layout import RunLayout
-from nexus_ray.modeling.loading import activation, build_shared_experts, load_base
+from nexus_ray.modeling.loading import load_base
 from serve.api import build_api
 from serve.service import Service
 
@@ -44,31 +39,9 @@ def texts():
 
 
 @pytest.fixture(scope="module")
-def tiny(tokenizer_directory, tmp_path_factory):
+def tiny(tokenizer_directory, tmp_path_factory, write_overlay):
     """An overlay of the embedded model that changes what it says."""
-    config = read_model_config(tokenizer_directory)
-    sizes = family_of(config).dimensions(config)
-    description = OverlayConfig(
-        base_fingerprint=fingerprint(tokenizer_directory),
-        model_type="gpt_oss",
-        layers=sizes.layers,
-        hidden_size=sizes.hidden_size,
-        width=8,
-        token_gate=False,
-        scale=1.0,
-        learn_scale=False,
-        initialisation="random",
-        dtype="float32",
-    )
-    experts = build_shared_experts(description, activation(family_of(config), config))
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: tensor if name.endswith("scale") else torch.randn(tensor.shape, generator=generator) * 0.05
-        for name, tensor in experts.state_dict().items()
-    }
-    path = tmp_path_factory.mktemp("tiny") / "overlay"
-    save_overlay(path, description, tensors)
-    return path
+    return write_overlay(tokenizer_directory, tmp_path_factory.mktemp("tiny") / "overlay", width=8, std=0.05)
 
 
 @pytest.fixture(scope="module")

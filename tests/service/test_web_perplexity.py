@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from scripted_api import SEPARATOR, Refusal, perplexity_of
+from scripted_api import Refusal, perplexity_of
 
 MINUS = "\N{MINUS SIGN}"
 TEXT = "To be, or not to be, that is the question."
@@ -87,15 +87,17 @@ def test_the_charts_hold_the_running_means_and_their_difference(tab):
     tab.press(END)
     apart = (sum(base) - sum(demo)) / len(base)
     shown = f"{apart:.2f}".replace("-", MINUS)
-    assert readout(tab, 1) == f"{SEPARATOR} (token {len(base)}): demo {MINUS} base {shown} nats per token so far"
+    last = result["tokens"][-1].replace(" ", "␣")
+    assert readout(tab, 1) == f"{last} (token {len(base)}): demo {MINUS} base {shown} nats per token so far"
 
 
 def test_the_pointer_reads_the_chart_and_marks_the_token_in_the_text(tab):
     score(tab)
     plot = tab.one(".plot")
     tab.point_at(plot, dx=plot.size["width"] // 2 - 2)
-    assert readout(tab, 0).startswith(SEPARATOR)
-    assert tab.js("return document.querySelector('.scored .marked').textContent") == SEPARATOR
+    last = perplexity_of(TEXT, [])["tokens"][-1]
+    assert readout(tab, 0).startswith(last.replace(" ", "␣"))
+    assert tab.js("return document.querySelector('.scored .marked').textContent") == last
     tab.point_at(tab.one("#score"))
     assert not tab.js("return document.querySelector('.marked')")
     assert readout(tab, 0).startswith("Point at the chart")
@@ -138,19 +140,14 @@ def test_the_text_is_coloured_by_the_better_model(tab):
 @pytest.mark.parametrize("text", [TEXT, "A\n\nB  c\td — “é” 🦊🦊 x", "🦊 first", " leading"])
 def test_every_character_of_the_text_is_shown_once(tab, text):
     score(tab, text)
-    assert tab.js("return document.querySelector('.scored').textContent") == text + SEPARATOR
-    assert pieces(tab) == [*perplexity_of(text, ["base"])["tokens"][:-1], SEPARATOR]
+    assert tab.js("return document.querySelector('.scored').textContent") == text
+    assert pieces(tab) == perplexity_of(text, ["base"])["tokens"]
 
 
 def test_tokens_that_share_a_character_are_one_piece(tab):
-    code = "import('/web/scored.js').then((module) => arguments[3](module.cut(...[...arguments].slice(0, 3))))"
-    found = tab.driver.execute_async_script(code, "x🦊y", ["\ufffd", "\ufffd", "y", SEPARATOR], [1, 1, 2, 3])
-    assert found["unscored"] == "x"
-    assert [(piece["text"], piece["indices"], piece["mark"]) for piece in found["pieces"]] == [
-        ("🦊", [0, 1], False),
-        ("y", [2], False),
-        (SEPARATOR, [3], True),
-    ]
+    code = "import('/web/scored.js').then((module) => arguments[2](module.cut(arguments[0], arguments[1])))"
+    found = tab.driver.execute_async_script(code, "x🦊y", [0, 1, 1, 2])
+    assert [(piece["text"], piece["indices"]) for piece in found] == [("x", [0]), ("🦊", [1, 2]), ("y", [3])]
 
 
 def test_more_students_are_each_compared_with_the_base(page, script):

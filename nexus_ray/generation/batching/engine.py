@@ -15,7 +15,14 @@ from typing import Any
 from torch import nn
 
 from nexus_ray.errors import ConfigError, NexusError
-from nexus_ray.generation.batching.paged import BatchLimits, paged_manager, plans_of, requests_of
+from nexus_ray.generation.batching.paged import (
+    BatchLimits,
+    accepts,
+    ensure_running,
+    paged_manager,
+    plans_of,
+    requests_of,
+)
 from nexus_ray.generation.batching.sampling import Draw, RowSampler
 from nexus_ray.generation.batching.scoring import BatchScorer
 from nexus_ray.generation.engine import EngineState
@@ -34,6 +41,7 @@ from nexus_ray.modeling.loading import LoadedModel
 from nexus_ray.modeling.overlay_rows import OverlayRows, ServedOverlay, read_overlay
 
 _MOST_SALTS = 10_000  # times a vocabulary of 200,000 still fits the 32 bits of transformers' token ids
+_STARTS = 3  # of transformers' loop for one request
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,12 @@ class BatchingEngine:
                 self._progress = time.monotonic()
             self._running[number] = _Running(request, model, Draw(request), continuation)
             self._prompt_tokens += len(request.ids)
+            self._hand_over(number, request, model)
+        return continuation
+
+    def _hand_over(self, number: str, request: TokenRequest, model: _Model) -> None:
+        """Give a request to transformers' loop, which an error may end at any moment."""
+        for _ in range(_STARTS):
             self._start()
             taken = self._manager.add_request(
                 # The cache shares prefixes by token ids, which must not make an overlay read what another wrote.
@@ -137,10 +151,11 @@ class BatchingEngine:
                 max_new_tokens=request.max_tokens,
                 eos_token_id=sorted(request.end_ids) or -1,
             )
-            if taken is None:  # its loop is just ending with an error
-                self._running.pop(number)
-                raise ClosedError("the engine is starting again")
-        return continuation
+            if taken is not None:
+                self._start()  # an error after the loop last looked into its queue would leave the request there
+                return
+        self._running.pop(number)
+        raise ClosedError("the engine does not start; its log says why")
 
     def score(self, requests: Sequence[ScoringRequest], cancelled: threading.Event) -> Future[list[list[TokenChoice]]]:
         """Queue the scoring of given tokens; see `Engine`."""
@@ -203,15 +218,14 @@ class BatchingEngine:
     def _model(self, name: str) -> _Model:
         models = self._models
         if name not in models:
-            raise UnknownModelError(f"there is no model {name[:100]!r}; known: {', '.join(map(repr, models))}")
+            raise UnknownModelError.of(name, models)
         return models[name]
 
     def _start(self) -> None:
         """Start transformers' loop again if an error ended it, which was told to all who waited."""
-        if not self._manager.is_running():
+        if not accepts(self._manager):
             with self._starting:  # not while a scoring pass is waiting for the loop to pause
-                if not self._manager.is_running():
-                    self._manager.start()
+                ensure_running(self._manager)
 
     def _admit(self) -> None:
         if self._closing:

@@ -112,6 +112,20 @@ def paged_manager(
     return manager
 
 
+def accepts(manager: ContinuousBatchingManager) -> bool:
+    """Whether its loop runs and no error is ending it."""
+    return manager.is_running() and manager.background_thread_status.can_accept_new_requests() is None
+
+
+def ensure_running(manager: ContinuousBatchingManager) -> None:
+    """Start its loop, also if an error has ended it or is ending it now; what is queued is kept."""
+    if accepts(manager):
+        return
+    if (ending := manager._generation_thread) is not None:
+        ending.join()
+    manager.start()
+
+
 def requests_of(manager: ContinuousBatchingManager) -> Sequence[Any]:
     """The requests of the pass that is about to run, in the order of their tokens; `query_length` tokens each."""
     requests: Sequence[Any] = manager.batch_processor.inputs_and_outputs.requests_in_batch

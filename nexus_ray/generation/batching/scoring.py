@@ -21,6 +21,7 @@ from nexus_ray.modeling.loading import LoadedModel
 from nexus_ray.modeling.overlay_rows import ServedOverlay
 
 Item = tuple[ScoringRequest, ServedOverlay | None]
+_LOOK_AHEAD = 1024  # waiting windows among which those of similar length are sought: long queues cost no time
 Alone = Callable[[Sequence[tuple[ServedOverlay | None, int]], Callable[[], Any]], Any]
 
 
@@ -62,9 +63,10 @@ class BatchScorer:
         self._alone = alone
         self._batch_tokens = batch_tokens
         self._windows: list[_Window] = []
-        self._jobs: set[int] = set()
+        self._jobs: dict[int, _Job] = {}
         self._changed = threading.Condition()
         self._closing = False
+        self._failed = False  # a job has, and its other windows may still wait
         self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
         self._thread.start()
 
@@ -86,7 +88,7 @@ class BatchScorer:
             job.future.set_result([])
             return job.future
         with self._changed:
-            self._jobs.add(id(job))
+            self._jobs[id(job)] = job
             self._windows += [_Window(job, place, *item) for place, item in enumerate(items)]
             self._changed.notify()
         return job.future
@@ -112,22 +114,24 @@ class BatchScorer:
 
     def _next_batch(self) -> list[_Window]:
         """Take the oldest window and others of similar length, as many as fit a pass; abandoned ones are dropped."""
-        for window in self._windows:
-            if window.job.cancelled.is_set():
-                self._fail(window.job, InterruptedError("abandoned"))
-        self._windows = [window for window in self._windows if not window.job.future.done()]
+        for job in list(self._jobs.values()):
+            if job.cancelled.is_set():
+                self._fail(job, InterruptedError("abandoned"))
+        if self._failed:
+            self._windows = [window for window in self._windows if not window.job.future.done()]
+            self._failed = False
         if not self._windows:
             return []
-        oldest = len(self._windows[0].request.inputs)
-        rest = sorted(self._windows[1:], key=lambda window: abs(len(window.request.inputs) - oldest))
-        batch, longest = self._windows[:1], oldest
-        for window in rest:
+        near = self._windows[:_LOOK_AHEAD]
+        oldest = len(near[0].request.inputs)
+        batch, longest = near[:1], oldest
+        for window in sorted(near[1:], key=lambda window: abs(len(window.request.inputs) - oldest)):
             longest = max(longest, len(window.request.inputs))
             if longest * (len(batch) + 1) > self._batch_tokens:
                 break
             batch.append(window)
         taken = set(map(id, batch))
-        self._windows = [window for window in self._windows if id(window) not in taken]
+        self._windows[:_LOOK_AHEAD] = [window for window in near if id(window) not in taken]
         return batch
 
     def _score(self, batch: list[_Window]) -> None:
@@ -147,11 +151,11 @@ class BatchScorer:
             job.results[window.place] = result
             job.missing -= 1
             if job.missing == 0 and not job.future.done():
-                self._jobs.discard(id(job))
+                del self._jobs[id(job)]
                 job.future.set_result(job.results)
 
     def _fail(self, job: _Job, error: Exception) -> None:
-        self._jobs.discard(id(job))
+        self._failed = self._jobs.pop(id(job), None) is not None or self._failed
         if not job.future.done():
             job.future.set_exception(error)
 
