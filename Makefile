@@ -12,7 +12,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt tools/insta
 VLLM_FILES := pyproject.toml tools/vllm-constraints.txt tools/vllm_env.sh
 VLLM_STAMP := .venv-vllm/.installed-$(shell cat $(VLLM_FILES) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup vllm-env demo serve test test-ray test-rest test-slow test-gpu test-vllm lint format typecheck clean clean-all
+.PHONY: help setup vllm-env demo serve test test-kills test-ray test-rest test-slow test-gpu test-vllm lint format typecheck clean clean-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,14 +36,19 @@ serve: setup ## serve base and student of a finished run (CONFIG=... for another
 	$(BIN)/nexus-ray serve $(CONFIG)
 
 test: setup ## tests that need neither minutes nor a GPU
-	@$(MAKE) --no-print-directory -j2 test-ray test-rest
+	@$(MAKE) --no-print-directory -j3 test-kills test-ray test-rest
 
-# The two halves of `make test`, side by side: what starts Ray, and all the rest. Through `sed` each prints whole lines.
+# The three parts of `make test`, side by side, since much of what starts Ray waits. Through `sed` each prints whole lines.
+QUICK := not slow and not gpu and not vllm
+
+test-kills: setup
+	@PYTHONUNBUFFERED=1 $(BIN)/pytest -m "kills and $(QUICK)" 2>&1 | sed -u 's/^/kills | /'
+
 test-ray: setup
-	PYTHONUNBUFFERED=1 $(BIN)/pytest -m "ray and not slow and not gpu and not vllm" 2>&1 | sed -u 's/^/ray  | /'
+	@PYTHONUNBUFFERED=1 $(BIN)/pytest -m "ray and $(QUICK)" 2>&1 | sed -u 's/^/ray   | /'
 
 test-rest: setup
-	PYTHONUNBUFFERED=1 $(BIN)/pytest -m "not ray and not slow and not gpu and not vllm" 2>&1 | sed -u 's/^/rest | /'
+	@PYTHONUNBUFFERED=1 $(BIN)/pytest -m "not kills and not ray and $(QUICK)" 2>&1 | sed -u 's/^/rest  | /'
 
 test-slow: setup ## tests that take minutes each
 	$(BIN)/pytest -m "slow and not gpu and not vllm"
