@@ -45,7 +45,7 @@ test-kills: setup
 	@PYTHONUNBUFFERED=1 $(BIN)/pytest -m "kills and $(QUICK)" 2>&1 | sed -u 's/^/kills | /'
 
 test-ray: setup
-	@PYTHONUNBUFFERED=1 $(BIN)/pytest -m "ray and $(QUICK)" 2>&1 | sed -u 's/^/ray   | /'
+	@PYTHONUNBUFFERED=1 $(BIN)/pytest -m "ray and not kills and $(QUICK)" 2>&1 | sed -u 's/^/ray   | /'
 
 test-rest: setup
 	@PYTHONUNBUFFERED=1 $(BIN)/pytest -m "not kills and not ray and $(QUICK)" 2>&1 | sed -u 's/^/rest  | /'

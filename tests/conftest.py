@@ -44,11 +44,11 @@ MICRO = ArchitectureSection(
 
 @pytest.hookimpl(tryfirst=True)  # before pytest itself looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts Ray, and what ends it untimely: `make test` runs each in a process of its own."""
+    """Mark what starts Ray, and what ends some of it untimely: `make test` runs each in a process of its own."""
     for item in items:
         if item.path.name.startswith("test_killed_"):
             item.add_marker("kills")
-        elif "ray_session" in getattr(item, "fixturenames", ()) or "integration" in item.path.parts:
+        if "ray_session" in getattr(item, "fixturenames", ()) or "integration" in item.path.parts:
             item.add_marker("ray")
 
 
