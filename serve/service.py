@@ -11,8 +11,8 @@ from starlette.concurrency import run_in_threadpool
 
 from nexus_ray.generation.assistant import Assistant, Prompt, Reading
 from nexus_ray.generation.request import Continuation, ScoringRequest, TokenChoice, TokenEvent, UnknownModelError
-from nexus_ray.generation.scoring import ScoredText, TextScorer
 from nexus_ray.generation.text import Piece
+from nexus_ray.generation.text_scores import ScoredText, TextScorer
 from serve.errors import ApiError
 
 

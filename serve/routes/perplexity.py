@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from nexus_ray.generation.codec import Codec
-from nexus_ray.generation.scoring import ScoredText, TextScore
+from nexus_ray.generation.text_scores import ScoredText, TextScore
 from serve.guard.record import note
 from serve.routes.whole import for_a_listener
 from serve.schemas.perplexity import PerplexityRequest
