@@ -17,6 +17,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import statistics
 import tempfile
 import time
@@ -33,7 +34,7 @@ from _servers import ROOT, free_port, our_command, run_of, server
 from nexus_ray.errors import NexusError
 
 _REPLICA = "ServeReplica:nexus-ray:chat"
-_SLOW_READER_BYTES = 1 << 16  # what it lets the server send ahead, beside the sockets' buffers
+_SLOW_READER_BYTES = 1 << 16  # of its buffers: the server cannot send much ahead
 _SLOW_READER_SECONDS = 20  # before it reads
 _TIMEOUT = httpx.Timeout(300)
 
@@ -69,12 +70,11 @@ async def killed_replica(address: str, requests: int, clients: int) -> dict[str,
     before = replicas()
     if len(before) != 2:
         raise NexusError(f"found {len(before)} replicas, not 2")
-    api = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=_TIMEOUT)
     lost: list[str] = []
     waiting = iter(range(requests))
     answered = 0
 
-    async def work() -> None:
+    async def work(api: openai.AsyncOpenAI) -> None:
         nonlocal answered
         for _ in waiting:
             try:
@@ -86,7 +86,8 @@ async def killed_replica(address: str, requests: int, clients: int) -> dict[str,
                 victim.send_signal(signal.SIGKILL)
 
     victim = before[0]
-    await asyncio.gather(*(work() for _ in range(clients)))
+    async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=_TIMEOUT) as api:
+        await asyncio.gather(*(work(api) for _ in range(clients)))
     began = time.monotonic()
     while len(replicas()) < 2 and time.monotonic() - began < 120:
         await asyncio.sleep(0.5)
@@ -174,8 +175,10 @@ async def holding_on(address: str, connections: int) -> dict[str, Any]:
             idle.append(await asyncio.wait_for(asyncio.open_connection(host, int(port)), 10))
         except (OSError, TimeoutError) as error:
             raise NexusError(f"connection {number + 1} was refused: {error}", "see `ulimit -Hn`") from error
-    body = json.dumps(chat(512, stream=True, n=4, logprobs=True, top_logprobs=20)).encode()
-    reader, writer = await asyncio.open_connection(host, int(port), limit=_SLOW_READER_BYTES)
+    body = json.dumps(chat(512, stream=True, n=12, logprobs=True, top_logprobs=20)).encode()
+    slow = socket.create_connection((host, int(port)))
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SLOW_READER_BYTES)
+    reader, writer = await asyncio.open_connection(sock=slow, limit=_SLOW_READER_BYTES)
     fields = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
     writer.write("\r\n".join([*fields, f"Content-Length: {len(body)}", "", ""]).encode() + body)
     async with httpx.AsyncClient(base_url=address, timeout=_TIMEOUT) as client:

@@ -26,7 +26,8 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, document: Document) -> l
     if document.messages is not None:
         tools = list(document.tools) if document.tools else None
         return encode_messages(tokenizer, list(document.messages), tools=tools, pin_date=True)
-    return list(tokenizer.encode(document.text or "", add_special_tokens=False, split_special_tokens=True))
+    text = document.text or ""
+    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False))
 
 
 def encode_messages(
