@@ -32,7 +32,6 @@ from serve.service import Service
 logger = logging.getLogger("nexus_ray.serve")
 APP_NAME = "nexus-ray"
 _MOST_QUEUED = 4096  # requests that a proxy holds for replicas that have no room even to refuse; then 503
-_SLOWEST_READER_SECONDS = 60  # that a client may take to read the end of an answer
 _ROOM_FOR_REFUSALS = 1000  # requests a replica takes beyond its queue: it answers them at once, if only with 429
 
 
@@ -179,19 +178,13 @@ def stop_service(*, everything: bool = True) -> None:
 
 def _deploy(app: Application, config: Config) -> None:
     _quiet_serve()
-    serve.start(http_options=_http_options(config.serve))
+    serve.start(http_options={"host": config.serve.host, "port": config.serve.port})
     logger.info("loading the model in %d replica(s)", config.serve.replicas)
     try:
         serve.run(app, name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
         raise _deployment_error(error) from error
     _announce(config)
-
-
-def _http_options(section: ServeSection) -> dict[str, Any]:
-    """Options of Ray Serve's HTTP proxy. It ends what a client does not read, a while after our own limit."""
-    timeout = section.request_timeout_s + _SLOWEST_READER_SECONDS
-    return {"host": section.host, "port": section.port, "request_timeout_s": timeout}
 
 
 def _announce(config: Config) -> None:
