@@ -35,16 +35,21 @@ def test_what_the_service_refuses_is_told_in_its_words(real_page):
     page.one(".problem", "max_tokens is 5000, but this service generates at most 400 tokens")
 
 
-def test_the_colours_are_of_the_model_s_own_probabilities(real_page):
+def test_the_colours_are_of_the_model_s_own_probabilities(real_page, assistant):
     page = real_page
-    page.open()
+    page.open("model=bard")
+    page.js("const t = document.getElementById('temperature'); t.value = 0; t.dispatchEvent(new Event('input'))")
     page.one("#max-tokens").send_keys("12")
     page.set_colours(True)
     page.say("Good morrow, who goes there?")
-    content = page.js("return document.querySelector('.turn:last-child .content').textContent")
+    messages = [{"role": "user", "content": "Good morrow, who goes there?"}]
+    params = SamplingParams(temperature=0, max_tokens=12, alternatives=0)
+    pieces = list(assistant.generate(messages, "bard", params))
     tokens = page.js("return [...document.querySelectorAll('.content .token')].map((token) => token.textContent)")
-    assert "".join(tokens) == content
-    assert len({token.get_attribute("data-surprise") for token in page.all(".content .token")}) > 1
+    assert tokens == [piece.text for piece in pieces]
+    surprises = [-sum(token.logprob for token in piece.tokens) for piece in pieces]
+    bins = [int(token.get_attribute("data-surprise")) for token in page.all(".content .token")]
+    assert bins == [sum(nats >= edge for edge in (0.1, 0.5, 1, 2, 4, 8)) for nats in surprises]
 
 
 def test_both_curves_come_from_the_service(real_page, client):
