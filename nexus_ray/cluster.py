@@ -42,7 +42,8 @@ def ensure_ray() -> None:
         ray.init(address="auto", **quiet)
     else:
         logger.info("starting Ray on this machine")
-        ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        # "local": without it Ray would join whatever cluster was last started on this machine.
+        ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **quiet)
     _stop_as_on_ctrl_c()
 
 
