@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
+from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.config import Config
 from nexus_ray.errors import ArtefactError, ConfigError
 from nexus_ray.generation.assistant import Assistant
@@ -57,9 +56,12 @@ def require_overlays(overlays: Mapping[str, Path]) -> None:
             raise ArtefactError(f"no trained overlay at {path}, for model {name!r}", "run `nexus-ray run CONFIG` first")
 
 
-def one_device() -> list[torch.device] | None:
-    """The first GPU that this process sees: transformers' paged cache lies on one device. None without any."""
-    return [torch.device("cuda", 0)] if torch.cuda.is_available() else None
+def cache_bytes(config: Config) -> int:
+    """Bytes of the key-value cache, which lies on a replica's first device; every layer has keys and values in it."""
+    model = read_model_config(config.model.path)
+    per_layer = 2 * int(model["num_key_value_heads"]) * int(model["head_dim"])
+    width = 2 if config.compute_dtype == "bfloat16" else 4
+    return config.serve.cache_tokens * int(model["num_hidden_layers"]) * per_layer * width
 
 
 def load_assistant(config: Config, overlays: Mapping[str, Path]) -> Assistant:
@@ -70,8 +72,8 @@ def load_assistant(config: Config, overlays: Mapping[str, Path]) -> Assistant:
         ArtefactError: an overlay is missing, damaged or belongs to another base.
     """
     require_overlays(overlays)
-    base = load_base(config.model, one_device())
     serve = config.serve
+    base = load_base(config.model, reserved=cache_bytes(config))
     limits = BatchLimits(
         requests=serve.max_concurrent_requests,
         batch_requests=serve.batch_requests,

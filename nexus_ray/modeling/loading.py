@@ -179,7 +179,7 @@ class LoadedModel:
             yield records
 
 
-def load_base(section: ModelSection, devices: Sequence[torch.device] | None = None) -> LoadedModel:
+def load_base(section: ModelSection, devices: Sequence[torch.device] | None = None, reserved: int = 0) -> LoadedModel:
     """Load the frozen base model.
 
     Layers are spread over the devices when there are several. MXFP4 experts stay packed, unless `model.experts`
@@ -188,6 +188,7 @@ def load_base(section: ModelSection, devices: Sequence[torch.device] | None = No
     Args:
         section: which model, and how it computes.
         devices: where to put it; default: every GPU that this process sees, or the CPU.
+        reserved: bytes that the first of several devices is to hold beside its layers.
 
     Raises:
         ModelError: the directory is missing, incomplete or of an unsupported family, or the tokenizer does not
@@ -199,7 +200,13 @@ def load_base(section: ModelSection, devices: Sequence[torch.device] | None = No
     identity = fingerprint(section.path)
     places = _places(section, devices)
     model = build_model(
-        section.path, config, family, experts=section.experts, dtype=_dtype(section, places[0]), devices=places
+        section.path,
+        config,
+        family,
+        experts=section.experts,
+        dtype=_dtype(section, places[0]),
+        devices=places,
+        reserved=reserved,
     )
     tokenizer = load_tokenizer(section.path, config)
     sizes = family.dimensions(config)

@@ -1,7 +1,8 @@
 """Where the layers of a model go when one worker sees several GPUs: contiguous groups, balanced by bytes.
 
 The embedding, the final norm and the LM head share the first device with the first layers, so that token ids go in
-and logits come out on the same device; hidden states travel between groups.
+and logits come out on the same device; hidden states travel between groups. What else the first device is to hold,
+such as a service's key-value cache, counts as its own.
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ def follow_devices(modules: Sequence[nn.Module], devices: Sequence[torch.device]
         module.register_forward_pre_hook(_mover(device), with_kwargs=True)
 
 
-def _mover(device: torch.device) -> Any:
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
+def moved(values: Any, device: torch.device) -> Any:
+    """The same lists, tuples and dicts with every tensor in them on `device`."""
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, values)
 
+
+def _mover(device: torch.device) -> Any:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return tree_map(move, args), tree_map(move, kwargs)
+        return moved(args, device), moved(kwargs, device)
 
     return hook

@@ -36,6 +36,7 @@ def build_model(
     experts: str,
     dtype: torch.dtype,
     devices: list[torch.device],
+    reserved: int = 0,
 ) -> PreTrainedModel:
     """The frozen model of a directory, in evaluation mode.
 
@@ -46,6 +47,7 @@ def build_model(
         experts: "packed" for `PackedExperts`, else transformers' implementation on dequantised weights.
         dtype: type of all weights that are not packed.
         devices: where to put it; layers are spread over several.
+        reserved: bytes that the first of several devices is to hold beside its part of the model.
 
     Raises:
         ModelError: the checkpoint does not hold what its configuration describes.
@@ -54,7 +56,7 @@ def build_model(
         model = _skeleton(path, dtype, experts)
         if experts == PACKED:
             _replace_experts(model, config, family, reader, dtype)
-        device_of = _place(model, family, reader, devices)
+        device_of = _place(model, family, reader, devices, reserved)
         _fill(model, reader, dtype, device_of)
     _fill_computed_buffers(model, devices[0])
     return model.eval().requires_grad_(False)
@@ -93,7 +95,7 @@ def _replace_experts(
 
 
 def _place(
-    model: nn.Module, family: MoeFamily, reader: CheckpointReader, devices: list[torch.device]
+    model: nn.Module, family: MoeFamily, reader: CheckpointReader, devices: list[torch.device], reserved: int
 ) -> Callable[[str], torch.device]:
     """Spread the layers over the devices; returns the device of a tensor by name."""
     if len(devices) == 1:
@@ -104,7 +106,7 @@ def _place(
     stored = {name: reader.entry(name).stop - reader.entry(name).start for name in reader.names}
     sizes = [sum(size for name, size in stored.items() if name.startswith(prefix)) for prefix in prefixes]
     total = sum(stored.values())
-    placed = [devices[index] for index in split_layers(sizes, total - sum(sizes), len(devices))]
+    placed = [devices[index] for index in split_layers(sizes, total - sum(sizes) + reserved, len(devices))]
     around = [module for module in model.get_submodule("model").children() if not isinstance(module, nn.ModuleList)]
     follow_devices([*layers, *around], [*placed, *(devices[0] for _ in around)])
     return lambda name: next(

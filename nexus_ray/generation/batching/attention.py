@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from nexus_ray.modeling.placement import moved
+
 NAME = "nexus_paged"
 
 
@@ -112,17 +114,19 @@ def attention(
     if cache is None:
         eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
         return cast(tuple[Tensor, Tensor | None], eager(module, query, key, value, attention_mask, **kwargs))
-    scaling = kwargs["scaling"]
+    scaling, layer_device, sinks = kwargs["scaling"], query.device, getattr(module, "sinks", None)
+    # The cache is on one device. New queries, keys and values go there, and come back mixed: a few kilobytes a token,
+    # where the cached ones of a layer would be megabytes a request.
+    query, key, value, sinks, kwargs = moved((query, key, value, sinks, kwargs), torch.device(cache.device))
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     plan: Plan = plans[cache.layer_to_allocator[module.layer_idx].layer_type]
     output = torch.empty_like(query[0].transpose(0, 1), memory_format=torch.contiguous_format)  # [Q, H, D]
-    sinks = getattr(module, "sinks", None)
     if len(plan.queries):
         output[plan.queries] = _decode(query[0], key[0], value[0], plan, sinks, scaling)
     for prefill in plan.prefills:
         parts = query[0, :, prefill.queries], key[0, :, prefill.keys], value[0, :, prefill.keys]
         output[prefill.queries] = _prefill(*parts, prefill.hidden, sinks, scaling)
-    return output[None], None
+    return output[None].to(layer_device), None
 
 
 def _decode(query: Tensor, key: Tensor, value: Tensor, plan: Plan, sinks: Tensor | None, scaling: float) -> Tensor:

@@ -72,7 +72,7 @@ class BatchingEngine:
     """Continues and scores token ids; see `Engine`.
 
     Args:
-        base: loaded without an overlay, on one device; the engine adds hooks to it and sets its attention.
+        base: loaded without an overlay, on one device or several; the engine adds hooks to it and sets its attention.
         overlays: directories of overlays by name.
         limits: how much at one time.
 
