@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
+from nexus_ray.checkpoints.overlay import CONFIG_FILE
 from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.config import Config
 from nexus_ray.errors import ArtefactError, ConfigError
@@ -15,6 +15,7 @@ from nexus_ray.generation.codec import Codec
 from nexus_ray.generation.request import BASE
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import load_base
+from nexus_ray.storage import Place, exists, member
 
 
 def student_name(config: Config) -> str:
@@ -29,7 +30,7 @@ def student_name(config: Config) -> str:
     return name
 
 
-def overlays_of(config: Config) -> dict[str, Path]:
+def overlays_of(config: Config) -> dict[str, Place]:
     """The run's trained overlay and those of `serve.overlays`, by model id.
 
     Raises:
@@ -45,14 +46,14 @@ def overlays_of(config: Config) -> dict[str, Path]:
     return overlays
 
 
-def require_overlays(overlays: Mapping[str, Path]) -> None:
+def require_overlays(overlays: Mapping[str, Place]) -> None:
     """Check that overlays are there.
 
     Raises:
         ArtefactError: one is not.
     """
     for name, path in overlays.items():
-        if not path.exists():
+        if not exists(member(path, CONFIG_FILE)):
             raise ArtefactError(f"no trained overlay at {path}, for model {name!r}", "run `nexus-ray run CONFIG` first")
 
 
@@ -64,7 +65,7 @@ def cache_bytes(config: Config) -> int:
     return config.serve.cache_tokens * int(model["num_hidden_layers"]) * per_layer * width
 
 
-def load_assistant(config: Config, overlays: Mapping[str, Path]) -> Assistant:
+def load_assistant(config: Config, overlays: Mapping[str, Place]) -> Assistant:
     """Load the base and overlays of a run, ready to answer.
 
     Raises:
