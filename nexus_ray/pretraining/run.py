@@ -67,7 +67,6 @@ def pretrain(run: PretrainRun) -> Path:
             {"run": run.model_dump(mode="json")},
             layout.training,
             run.resources,
-            metrics=layout.metrics,
             steps=run.pretrain.steps,
         )
         return export(run, layout)

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -15,9 +14,10 @@ from torch.optim import Optimizer
 
 from nexus_ray.errors import ArtefactError, NexusError, StorageError
 from nexus_ray.memory import used_bytes
+from nexus_ray.storage import place_of
 from nexus_ray.training import trainer, trouble
 from nexus_ray.training.averaging import Averaging
-from nexus_ray.training.checkpointing import load_checkpoint, take_snapshot, write_snapshot
+from nexus_ray.training.checkpointing import load_checkpoint, take_snapshot
 from nexus_ray.training.guards import Progress
 from nexus_ray.training.optimiser import drop_frozen_gradients, is_frozen, set_learning_rates
 from nexus_ray.training.recovery import RecoveryPoints, newest, remove_leftovers
@@ -127,6 +127,7 @@ class _Loop:
             warnings=settings.warnings,
             roles=settings.roles,
             parameters=settings.parameters,
+            tell=trainer.tell_driver,
         )
 
     def say(self, event: str, **values: Any) -> None:
@@ -149,7 +150,7 @@ class _Loop:
             raise trouble.nothing_whole(damaged, self.settings)
         chosen = trainer.from_first_worker(str(found) if found else None)
         if chosen is not None:
-            state = load_checkpoint(Path(chosen), self.task.parameters, self.task.optimiser, self.averaging.kept)
+            state = load_checkpoint(place_of(chosen), self.task.parameters, self.task.optimiser, self.averaging.kept)
             self.progress = Progress.of_state(state)
         return damaged
 
@@ -242,8 +243,9 @@ class _Loop:
         if self.log is not None:
             for sample in self.task.samples():
                 self.say("sample", **sample)
-        if self.progress.is_best(record["loss"], self.settings.early_stop) and self.is_first:
-            write_snapshot(self.settings.layout.best, take_snapshot(self.task.parameters, self.progress.as_state()))
+        if self.progress.is_best(record["loss"], self.settings.early_stop) and self.points is not None:
+            parameters, state = self.task.parameters, self.progress.as_state()
+            self.points.write_best(self.settings.layout.best, lambda: take_snapshot(parameters, state))
             self.say("best", loss=record["loss"])
         if self.progress.ended:
             self.say("early_stop", validations_without_gain=self.progress.without_gain)
@@ -264,11 +266,12 @@ class _Loop:
 
     def _checkpoint(self, *, wait: bool = False) -> None:
         """Copy everything and write it in the background."""
-        if self.points is None:
+        if self.points is None or self.log is None:
             return
         self._written(self.points.finished(wait=True))  # one copy of everything at a time
         state = self.progress.as_state()
-        self.points.write(take_snapshot(self.task.parameters, state, self.task.optimiser, self.averaging.kept))
+        snapshot = take_snapshot(self.task.parameters, state, self.task.optimiser, self.averaging.kept)
+        self.points.write(snapshot, before=self.log.store)  # a training that goes on from it knows what came before
         if wait:
             self._written(self.points.finished(wait=True))
 
