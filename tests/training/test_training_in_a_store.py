@@ -187,7 +187,7 @@ class TestARefusingStore:
         refusing = threading.Event()
 
         def before(step: int) -> None:
-            while step == 4 and "step-00000003" not in checkpoints(object_store, made):
+            while step == 4 and steps_reached(made.layout.checkpoints) < 3:
                 time.sleep(0.01)
             if step == 4:
                 refusing.set()
