@@ -30,7 +30,7 @@ from nexus_ray.families import family_of
 from nexus_ray.huggingface.exported_routers import exported_routers
 from nexus_ray.huggingface.model_card import model_card
 from nexus_ray.huggingface.registration import MODEL_TYPE
-from nexus_ray.storage import atomic_directory, make_directory, write_json, write_text
+from nexus_ray.storage import Place, atomic_directory, make_directory, write_json, write_text
 
 ARCHITECTURE = "NexusGptOssForCausalLM"
 INDEX = "model.safetensors.index.json"
@@ -75,7 +75,7 @@ class Export:
 
 def export(
     base: Path,
-    overlay: Path,
+    overlay: Place,
     output: Path,
     *,
     overwrite: bool = False,

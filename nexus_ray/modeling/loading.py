@@ -27,6 +27,7 @@ from nexus_ray.modeling.recomputation import checkpointed, recomputing, require_
 from nexus_ray.modeling.shared_expert import Activation, SharedExperts, SharedExpertShape
 from nexus_ray.modeling.trained_routers import TrainedRouters, load_trained_routers
 from nexus_ray.modeling.weights import build_model
+from nexus_ray.storage import Place
 
 
 @dataclass
@@ -206,7 +207,7 @@ def load_base(section: ModelSection, devices: Sequence[torch.device] | None = No
     return LoadedModel(model, tokenizer, family, config, sizes, identity, places[0], attention=section.attention)
 
 
-def load_student(section: ModelSection, overlay: Path, devices: Sequence[torch.device] | None = None) -> LoadedModel:
+def load_student(section: ModelSection, overlay: Place, devices: Sequence[torch.device] | None = None) -> LoadedModel:
     """Load the base and attach the overlay in directory `overlay`, each shared expert where its layer is.
 
     Raises:

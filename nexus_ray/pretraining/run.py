@@ -17,10 +17,11 @@ from nexus_ray.errors import ConfigError, ModelError
 from nexus_ray.evaluation.perplexity import bits_per_byte, sequence_nats, target_bytes, token_perplexity
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import load_base
-from nexus_ray.pipeline import differing_settings, locked
+from nexus_ray.pipeline import differing_settings
 from nexus_ray.pretraining.model import build_config, new_model
 from nexus_ray.pretraining.task import pretrain_worker
-from nexus_ray.storage import read_json, write_json
+from nexus_ray.run_lock import locked
+from nexus_ray.storage import exists, read_json, write_json
 from nexus_ray.targets.writing.job import job_of_text
 from nexus_ray.targets.writing.precompute import precompute
 from nexus_ray.training import trainer
@@ -87,7 +88,7 @@ def _refuse_other_settings(run: PretrainRun, layout: RunLayout) -> None:
         }
     )
     reached = steps_reached(layout.checkpoints)
-    if marker.exists() and reached:
+    if reached and exists(marker):
         changed = differing_settings(read_json(marker, what="settings", hint=f"delete {marker}"), now)
         if changed:
             raise ConfigError(

@@ -14,6 +14,7 @@ from nexus_ray.errors import ArtefactError
 from nexus_ray.families import family_of
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.trained import is_trained
+from nexus_ray.storage import exists
 from nexus_ray.targets.reading.reader import TargetSet
 from nexus_ray.training import trainer
 from nexus_ray.training.checkpointing import load_checkpoint
@@ -90,7 +91,7 @@ def _write_best(config: Config, layout: RunLayout) -> OverlayConfig:
         for name, tensor in tensors.items()
         if is_trained(name, learn_scale=initial.learn_scale, routers=routers)
     }
-    if not layout.best.exists():
+    if not exists(layout.best):
         raise ArtefactError(
             f"there are no best weights in {layout.best}: no validation had a finite loss",
             "look for `warning` and `validation` in metrics.jsonl, and lower train.optimiser.learning_rate",

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from nexus_ray.cluster import actor_options, ensure_ray
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError
-from nexus_ray.storage import Place, digest, is_remote, make_directory
-from nexus_ray.storage.cache_root import cache_root
+from nexus_ray.storage import Place, cache_root, digest, is_remote, make_directory
 from nexus_ray.training.messages import Messages
 from nexus_ray.training.watching.follow import following
 

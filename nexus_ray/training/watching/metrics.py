@@ -14,8 +14,7 @@ from typing import Any
 
 from nexus_ray.errors import ArtefactError
 from nexus_ray.layout import RunLayout
-from nexus_ray.storage import Place, is_remote, make_directory, storage_error, write_text
-from nexus_ray.storage.objects import read_object
+from nexus_ray.storage import Place, is_remote, make_directory, read_text, storage_error, write_text
 from nexus_ray.training.watching.stored_lines import StoredLines
 
 
@@ -89,10 +88,9 @@ def read_metrics(path: Place) -> list[dict[str, Any]]:
         StorageError: the object store does not answer or refuses.
     """
     try:
-        content = read_object(path) if is_remote(path) else path.read_bytes()
+        return _parse(read_text(path))
     except FileNotFoundError:
         return []
-    return _parse(content.decode("utf-8"))
 
 
 def _parse(text: str) -> list[dict[str, Any]]:
