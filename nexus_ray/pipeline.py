@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
+from nexus_ray.checkpoints.node_cache import local_description
 from nexus_ray.config import STAGES, Config, flatten_values, save_config
 from nexus_ray.data.sources import describe_files
 from nexus_ray.data.vocabulary import tokenizer_files
@@ -49,7 +50,7 @@ class Run:
     @cached_property
     def tokenizer(self) -> dict[str, str]:
         """Identity of the tokenizer and the chat template."""
-        return tokenizer_files(Path(self.config.model.path))
+        return tokenizer_files(local_description(self.config.model.path))
 
     @cached_property
     def train_text(self) -> list[list[str | int]]:

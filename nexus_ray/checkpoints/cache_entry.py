@@ -1,0 +1,166 @@
+"""One entry of a node's cache of base models: its files, the record of them, its locks.
+
+models/NAME/files/           a Hugging Face directory
+models/NAME/partial/         files that are being fetched
+models/NAME/entry.json       source, and of each file size, version, SHA-256 and how it looked when last checked
+models/.locks/NAME.fetch     held by the process that fetches or checks
+models/.locks/NAME.use       shared by all processes that use the files, for as long as they live
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nexus_ray.checkpoints.fetching import boot_id
+from nexus_ray.errors import StorageError
+from nexus_ray.storage import write_json
+from nexus_ray.storage.cache_root import VARIABLE, cache_root
+
+MODELS = "models"
+_LOCKS = ".locks"
+RECORD = "entry.json"
+_held: dict[Path, int] = {}  # descriptors of the locks of use of this process
+
+
+@dataclass(frozen=True)
+class CachedFile:
+    """What is known of a file that is whole.
+
+    Attributes:
+        size: bytes.
+        sha256: hexadecimal, of all of them.
+        looks: how the file system described it when its bytes were last checked, see `looks_of`.
+    """
+
+    size: int
+    sha256: str
+    looks: tuple[int | str, ...] = ()
+
+
+def looks_of(path: Path) -> tuple[int | str, ...]:
+    """What changes when a file is written to or replaced, or the machine was restarted since."""
+    status = path.stat()
+    return (status.st_size, status.st_mtime_ns, status.st_ino, boot_id())
+
+
+def models_directory() -> Path:
+    """Where the entries of this node are; it may not exist yet."""
+    return cache_root() / MODELS
+
+
+class Entry:
+    """A model in the cache of this node, whole or not.
+
+    Args:
+        name: of its directory.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.directory = models_directory() / name
+        self.files = self.directory / "files"
+        self.partial = self.directory / "partial"
+        locks = models_directory() / _LOCKS
+        self.fetch_lock, self._use_lock = locks / f"{name}.fetch", locks / f"{name}.use"
+
+    def create(self) -> None:
+        """Make its directories.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        try:
+            for directory in (self.files, self.partial, self.fetch_lock.parent):
+                directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cache_error(error) from error
+
+    def read(self) -> dict[str, CachedFile]:
+        """What is known of its whole files; nothing where the record is missing or damaged."""
+        try:
+            rows = _read_json(self.directory / RECORD)["files"].items()
+            return {name: CachedFile(row["size"], row["sha256"], tuple(row["looks"])) for name, row in rows}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    @property
+    def source(self) -> str:
+        """Where it came from; empty where the record is missing or damaged."""
+        try:
+            return str(_read_json(self.directory / RECORD)["source"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def write(self, source: str, total: int, files: Mapping[str, CachedFile]) -> None:
+        """Record its source, the bytes that it has when it is whole, and its whole files."""
+        rows = {name: asdict(file) for name, file in sorted(files.items())}
+        write_json(self.directory / RECORD, {"source": source, "bytes": total, "files": rows})
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of its files have been fetched."""
+        try:
+            record = _read_json(self.directory / RECORD)
+            return bool(record["bytes"] == sum(file.size for file in self.read().values()))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def touch(self) -> None:
+        """It is used now."""
+        os.utime(self.files)
+
+    @property
+    def last_used(self) -> datetime:
+        """When it was opened last."""
+        place = self.files if self.files.exists() else self.directory
+        return datetime.fromtimestamp(place.stat().st_mtime, UTC)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the disk that it takes, unfinished files included."""
+        return sum(path.stat().st_blocks * 512 for path in self.directory.rglob("*") if path.is_file())
+
+    def hold(self) -> None:
+        """Keep it from being cleared until this process ends."""
+        if self._use_lock not in _held:
+            descriptor = os.open(self._use_lock, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            _held[self._use_lock] = descriptor
+
+    @contextmanager
+    def unused(self) -> Iterator[bool]:
+        """Within the block no process of this node uses it, if true."""
+        self.fetch_lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._use_lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            yield _lock_alone(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def cache_error(error: OSError) -> StorageError:
+    """A failure to write to the cache, for people."""
+    return StorageError(
+        f"cannot write to the node's cache {cache_root()}: {error.strerror or error}",
+        f"point {VARIABLE} at a directory that can be written to, on a disk of this node",
+    )
+
+
+def _lock_alone(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
