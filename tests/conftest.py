@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from object_store import BUCKET, ObjectStore, running_store
 from transformers import AutoTokenizer, GptOssForCausalLM
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
@@ -28,7 +31,7 @@ from nexus_ray.router.accumulate import moments_of_logits
 from nexus_ray.router.artefact import Description, RouterStatistics
 from nexus_ray.router.moments import RouterMoments
 from nexus_ray.selection.selection import Selection, select
-from nexus_ray.storage import write_text
+from nexus_ray.storage import Place, place_of, write_text
 
 ASSETS = Path(__file__).parents[1] / "assets"
 MICRO = ArchitectureSection(
@@ -75,6 +78,33 @@ def micro_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_directory: P
             torch.nn.init.normal_(parameter, std=0.1)
     export_mxfp4(model, tokenizer_directory, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def _object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """An S3 server, and an environment in which this process and those that it starts use it."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    with running_store() as store, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", store.endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("NEXUS_RAY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield store
+
+
+@pytest.fixture
+def object_store(_object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """An S3 server on loopback without faults, asked again soon; a test that uses Ray takes `ray_session` besides."""
+    monkeypatch.setattr("nexus_ray.storage.retries.LONGEST_WAIT", 0.2)
+    yield _object_store
+    _object_store.heal()
+
+
+@pytest.fixture
+def remote(object_store: ObjectStore) -> Place:
+    """A place in the object store that no other test uses."""
+    return place_of(f"s3://{BUCKET}/{uuid.uuid4().hex}")
 
 
 WriteOverlay = Callable[..., Path]
@@ -194,8 +224,8 @@ evaluate: {{batch_sequences: 4}}
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """One Ray instance for all tests."""
+def ray_session(_object_store: ObjectStore) -> Iterator[None]:
+    """One Ray instance for all tests; its workers know the object store, which is why that starts first."""
     import ray
 
     from nexus_ray.cluster import ensure_ray

@@ -1,13 +1,13 @@
-"""Writing artefacts so that a half-written one is never read: temporary name, flush, rename.
+"""Writing artefacts so that a half-written one is never read.
 
-Every artefact of every stage goes through `atomic_file` or `atomic_directory`. A failure of the file system
-becomes a `StorageError` that names the path; the temporary is removed and the previous artefact stays.
+Every artefact of every stage goes through `atomic_file` or `atomic_directory`. On a file system it gets a temporary
+name, is flushed and renamed; in an object store it appears when all of it has arrived. A failure becomes a
+`StorageError` that names the place; the temporary is removed and the previous artefact stays.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -16,9 +16,15 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from nexus_ray.errors import ArtefactError, StorageError
+from upath import UPath
+
+from nexus_ray.errors import StorageError
+from nexus_ray.storage.objects import upload, write_object
+from nexus_ray.storage.places import Place, is_remote
+from nexus_ray.storage.published import publishing
+from nexus_ray.storage.scratch import working_directory
 
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "free some space, then run the same command again: it continues"),
@@ -31,23 +37,27 @@ _REASONS = {
 }
 
 
-def storage_error(error: OSError, path: Path) -> StorageError:
+def storage_error(error: OSError, path: Place) -> StorageError:
     """Turn an operating-system error about `path` into one a person can act on."""
     reason, hint = _REASONS.get(error.errno or 0, (error.strerror or str(error), "check the path and try again"))
     return StorageError(f"cannot write {path}: {reason}", hint)
 
 
-def make_directory(path: Path) -> Path:
-    """Create `path` and its parents if needed and return it.
+PlaceT = TypeVar("PlaceT", Path, UPath, Place)
+
+
+def make_directory(place: PlaceT) -> PlaceT:
+    """Create a directory and its parents if needed and return it; an object store has none and needs none.
 
     Raises:
         StorageError: the file system refused.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, path) from error
-    return path
+    if not is_remote(place):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, place) from error
+    return place
 
 
 def _temporary_beside(path: Path) -> Path:
@@ -83,8 +93,43 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; rename it to `path` when the block ends without an exception."""
+def atomic_file(place: Place) -> Iterator[Path]:
+    """Yield a temporary local path to write; it becomes `place` when the block ends without an exception.
+
+    Raises:
+        StorageError: the file system or the store refused; what was there is still there.
+    """
+    if not is_remote(place):
+        with _renamed_file(place) as temporary:
+            yield temporary
+        return
+    with working_directory() as directory:
+        try:
+            yield directory / place.name
+        except OSError as error:
+            raise storage_error(error, directory) from error
+        upload(directory / place.name, place)
+
+
+@contextmanager
+def atomic_directory(place: Place) -> Iterator[Path]:
+    """Yield a temporary local directory; it takes the place of `place` when the block ends without an exception.
+
+    In an object store read it with `local_directory`: its files lie below a name of their own, which changes.
+
+    Raises:
+        StorageError: the file system or the store refused; what was there is still there.
+    """
+    if not is_remote(place):
+        with _renamed_directory(place) as temporary:
+            yield temporary
+        return
+    with publishing(place) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _renamed_file(path: Path) -> Iterator[Path]:
     make_directory(path.parent)
     temporary = _temporary_beside(path)
     try:
@@ -98,8 +143,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory; it takes the place of `path` when the block ends without an exception."""
+def _renamed_directory(path: Path) -> Iterator[Path]:
     make_directory(path.parent)
     temporary = _temporary_beside(path)
     try:
@@ -131,42 +175,15 @@ def replace_directory(source: Path, destination: Path) -> None:
         source.rename(destination)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(place: Place, text: str) -> None:
     """Write a text file atomically."""
-    with atomic_file(path) as temporary:
+    if is_remote(place):
+        write_object(place, text.encode())
+        return
+    with atomic_file(place) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(place: Place, value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinity are refused: JSON has no such numbers."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path, *, what: str, hint: str) -> Any:
-    """Read a JSON artefact.
-
-    Args:
-        path: the file.
-        what: what the file is, for the error message, e.g. "router statistics".
-        hint: how to make it.
-
-    Raises:
-        ArtefactError: the file is missing or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtefactError(f"no {what} at {path}", hint) from error
-    except (ValueError, OSError) as error:
-        raise ArtefactError(f"the {what} at {path} cannot be read: {error}", hint) from error
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON-serialisable value in canonical form; equal values give equal digests."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    write_text(place, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -7,16 +7,20 @@ Both answer to the same methods (`/`, `exists`, `read_text`, `open`, `stat`, `un
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, TypeGuard
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator, PlainSerializer
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypeIs
 from upath import UPath
 
 Place: TypeAlias = Path | UPath
 
 # Listings kept in memory would not show what other nodes have written since.
 _OPTIONS: dict[str, Any] = {"use_listings_cache": False}
+# botocore and s3fs repeat requests, one inside the other; `storage.retries` does so with more patience, and says so.
+_FEW_RETRIES: dict[str, Any] = {"config_kwargs": {"retries": {"mode": "standard", "max_attempts": 1}}}
+_OPTIONS_OF: dict[str, dict[str, Any]] = {"s3": _FEW_RETRIES, "s3a": _FEW_RETRIES}
 
 
 def place_of(value: str | Place) -> Place:
@@ -34,7 +38,7 @@ def place_of(value: str | Place) -> Place:
         return Path(text)
     scheme = text.partition("://")[0]
     try:
-        place = UPath(text, **_OPTIONS)
+        place = UPath(text, **_OPTIONS, **_OPTIONS_OF.get(scheme, {}))
         place.fs  # noqa: B018  # opens nothing yet, but imports the package that would
     except ImportError as error:
         raise ValueError(f"{text}: {error}; {_hint(scheme)}") from error
@@ -43,7 +47,7 @@ def place_of(value: str | Place) -> Place:
     return place
 
 
-def is_remote(place: Place) -> TypeGuard[UPath]:
+def is_remote(place: Place) -> TypeIs[UPath]:
     """Whether it is not on a file system of this machine."""
     return not isinstance(place, Path)
 
