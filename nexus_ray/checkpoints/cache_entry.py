@@ -3,17 +3,16 @@
 models/NAME/files/           a Hugging Face directory
 models/NAME/partial/         files that are being fetched
 models/NAME/entry.json       source, and of each file size, version, SHA-256 and how it looked when last checked
-models/.locks/NAME.fetch     held by the process that fetches or checks
-models/.locks/NAME.use       shared by all processes that use the files, for as long as they live
+models/NAME.fetching         held by the process that fetches or checks
+models/NAME.lock             shared by all processes that use the files, for as long as they live
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,11 +22,12 @@ from nexus_ray.checkpoints.fetching import boot_id
 from nexus_ray.errors import StorageError
 from nexus_ray.storage import write_json
 from nexus_ray.storage.cache_root import VARIABLE, cache_root
+from nexus_ray.storage.scratch import Use, room
 
 MODELS = "models"
-_LOCKS = ".locks"
 RECORD = "entry.json"
-_held: dict[Path, int] = {}  # descriptors of the locks of use of this process
+_BLOCK_BYTES = 512  # of st_blocks, whatever the file system's
+_held: dict[Path, Use] = {}  # by this process
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ class Entry:
         self.directory = models_directory() / name
         self.files = self.directory / "files"
         self.partial = self.directory / "partial"
-        locks = models_directory() / _LOCKS
-        self.fetch_lock, self._use_lock = locks / f"{name}.fetch", locks / f"{name}.use"
+        self.fetching = self.directory.with_name(f"{name}.fetching")
 
     def create(self) -> None:
         """Make its directories.
@@ -77,11 +76,8 @@ class Entry:
         Raises:
             StorageError: the file system refused.
         """
-        try:
-            for directory in (self.files, self.partial, self.fetch_lock.parent):
-                directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cache_error(error) from error
+        for directory in (self.files, self.partial):
+            room(directory.relative_to(cache_root()).as_posix())
 
     def read(self) -> dict[str, CachedFile]:
         """What is known of its whole files; nothing where the record is missing or damaged."""
@@ -126,24 +122,30 @@ class Entry:
     @property
     def disk_bytes(self) -> int:
         """Bytes of the disk that it takes, unfinished files included."""
-        return sum(path.stat().st_blocks * 512 for path in self.directory.rglob("*") if path.is_file())
+        total = 0
+        for path in self.directory.rglob("*"):
+            with suppress(FileNotFoundError):  # renamed meanwhile by who fetches it
+                total += path.stat().st_blocks * _BLOCK_BYTES if path.is_file() else 0
+        return total
 
     def hold(self) -> None:
-        """Keep it from being cleared until this process ends."""
-        if self._use_lock not in _held:
-            descriptor = os.open(self._use_lock, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            _held[self._use_lock] = descriptor
+        """Keep it from being cleared until this process ends.
 
-    @contextmanager
-    def unused(self) -> Iterator[bool]:
-        """Within the block no process of this node uses it, if true."""
-        self.fetch_lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._use_lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            yield _lock_alone(descriptor)
-        finally:
-            os.close(descriptor)
+        Raises:
+            StorageError: the file system refused.
+        """
+        room(MODELS)
+        if self.directory not in _held:
+            use = Use(self.directory)
+            use.share()
+            _held[self.directory] = use
+
+
+def entries() -> list[Entry]:
+    """The entries of this node, used most recently first."""
+    directory = models_directory()
+    found = [Entry(path.name) for path in directory.iterdir() if path.is_dir()] if directory.exists() else []
+    return sorted(found, key=lambda entry: entry.last_used, reverse=True)
 
 
 def cache_error(error: OSError) -> StorageError:
@@ -152,14 +154,6 @@ def cache_error(error: OSError) -> StorageError:
         f"cannot write to the node's cache {cache_root()}: {error.strerror or error}",
         f"point {VARIABLE} at a directory that can be written to, on a disk of this node",
     )
-
-
-def _lock_alone(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _read_json(path: Path) -> Any:

@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from upath import UPath
 
-from nexus_ray.checkpoints.cache_entry import CachedFile, Entry, cache_error, looks_of, models_directory
+from nexus_ray.checkpoints.cache_entry import CachedFile, Entry, cache_error, entries, looks_of
 from nexus_ray.checkpoints.fetching import Hashes, bytes_left, fetch, hash_file, journal_of
 from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.checkpoints.remote_model import Checksums, StoredFile, list_model, model_name, store_checksums
@@ -78,11 +78,11 @@ def missing_bytes(place: UPath) -> int:
 def _opened(place: UPath, *, weights: bool) -> Path:
     files = list_model(place, weights=weights)
     entry = entry_of(place, files, weights=weights)
-    entry.create()
     what = "base model" if weights else "tokenizer of the base model"
     try:
+        entry.hold()
         with _alone(entry, place, files, what):
-            entry.hold()
+            entry.create()
             _repair(entry, place, files, what)
             entry.touch()
     except OSError as error:
@@ -93,7 +93,7 @@ def _opened(place: UPath, *, weights: bool) -> Path:
 @contextmanager
 def _alone(entry: Entry, place: UPath, files: Sequence[StoredFile], what: str) -> Iterator[None]:
     """Hold an entry's lock; a line now and then says what this process waits for."""
-    lock, total = FileLock(entry.fetch_lock), sum(file.size for file in files)
+    lock, total = FileLock(entry.fetching), sum(file.size for file in files)
     while True:
         try:
             lock.acquire(timeout=_WAITING_SECONDS)
@@ -234,8 +234,7 @@ def spare_bytes(needed: int) -> int:
 def _say_if_changed(entry: Entry, place: UPath) -> None:
     """Say that what this node has of a model is of another state of it."""
     kind = entry.name.endswith(_DESCRIBES)
-    for directory in sorted(models_directory().iterdir()):
-        other = Entry(directory.name)
+    for other in entries():
         if other.name != entry.name and other.name.endswith(_DESCRIBES) == kind and other.source == str(place):
             logger.warning(
                 "%s has changed since this node fetched it: fetching it again; "

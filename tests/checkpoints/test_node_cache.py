@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import fsspec
 import pytest
+from checkpoints.counting_store import BUCKET, CountingStore
 from checkpoints.fetch_in_child import PIECE_BYTES, fetch_model
-from checkpoints.object_store import BUCKET, ObjectStore
 
 from nexus_ray.checkpoints import cache_entry, fetching, node_cache
 from nexus_ray.checkpoints.cache_entry import Entry
@@ -65,7 +65,7 @@ def test_a_local_model_stays_where_it_is(micro_model: Path) -> None:
     assert local_description(micro_model) == micro_model
 
 
-def test_a_remote_model_is_fetched_whole_and_once(store: ObjectStore, remote_model: str, micro_model: Path) -> None:
+def test_a_remote_model_is_fetched_whole_and_once(store: CountingStore, remote_model: str, micro_model: Path) -> None:
     assert missing_bytes(place_of(remote_model)) == sum(path.stat().st_size for path in micro_model.iterdir())
     store.requests.clear()
     directory = local_model(place_of(remote_model))
@@ -79,7 +79,7 @@ def test_a_remote_model_is_fetched_whole_and_once(store: ObjectStore, remote_mod
 
 
 def test_a_description_leaves_the_weights_where_they_are(
-    store: ObjectStore, remote_model: str, micro_model: Path
+    store: CountingStore, remote_model: str, micro_model: Path
 ) -> None:
     directory = local_description(place_of(remote_model))
     here = _hashes(micro_model)
@@ -88,7 +88,7 @@ def test_a_description_leaves_the_weights_where_they_are(
     assert store.got(WEIGHTS) == 0
 
 
-def test_other_forms_of_a_model_beside_it_are_not_fetched(store: ObjectStore, remote_model: str) -> None:
+def test_other_forms_of_a_model_beside_it_are_not_fetched(store: CountingStore, remote_model: str) -> None:
     for name in ("original/model.safetensors", "extra.safetensors", "README.md", "image.png"):
         store.client().put_object(
             Bucket=BUCKET, Key=f"{place_of(remote_model).path.partition('/')[2]}/{name}", Body=b"x"
@@ -99,7 +99,7 @@ def test_other_forms_of_a_model_beside_it_are_not_fetched(store: ObjectStore, re
 
 
 def test_processes_of_a_node_fetch_once_together(
-    store: ObjectStore, remote_model: str, micro_model: Path, processes: multiprocessing.context.BaseContext
+    store: CountingStore, remote_model: str, micro_model: Path, processes: multiprocessing.context.BaseContext
 ) -> None:
     answers = processes.Queue()
     workers = [processes.Process(target=fetch_model, args=(remote_model, _environment(), answers)) for _ in range(3)]
@@ -116,7 +116,7 @@ def test_processes_of_a_node_fetch_once_together(
 
 
 def test_what_a_killed_process_had_fetched_is_not_fetched_again(
-    store: ObjectStore, remote_model: str, micro_model: Path, processes: multiprocessing.context.BaseContext
+    store: CountingStore, remote_model: str, micro_model: Path, processes: multiprocessing.context.BaseContext
 ) -> None:
     size = (micro_model / "tokenizer.json").stat().st_size
     reached = threading.Event()
@@ -149,7 +149,7 @@ def test_what_a_killed_process_had_fetched_is_not_fetched_again(
 
 
 def test_a_partial_file_of_before_a_restart_is_not_trusted(
-    store: ObjectStore, remote_model: str, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+    store: CountingStore, remote_model: str, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, file = place_of(remote_model), micro_model / "tokenizer.json"
     known = next(one for one in node_cache.list_model(place, weights=False) if one.name == file.name)
@@ -165,7 +165,7 @@ def test_a_partial_file_of_before_a_restart_is_not_trusted(
 
 
 def test_a_corrupt_file_is_fetched_again_and_only_that(
-    store: ObjectStore, remote_model: str, micro_model: Path, caplog: pytest.LogCaptureFixture
+    store: CountingStore, remote_model: str, micro_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     directory = local_model(place_of(remote_model))
     _flip(directory / "tokenizer.json", 5000)
@@ -179,7 +179,7 @@ def test_a_corrupt_file_is_fetched_again_and_only_that(
 
 
 def test_a_file_that_was_touched_only_is_hashed_and_kept(
-    store: ObjectStore, remote_model: str, monkeypatch: pytest.MonkeyPatch
+    store: CountingStore, remote_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = local_model(place_of(remote_model))
     (directory / WEIGHTS).touch()
@@ -193,7 +193,7 @@ def test_a_file_that_was_touched_only_is_hashed_and_kept(
 
 
 def test_after_a_restart_every_byte_is_checked(
-    store: ObjectStore, remote_model: str, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+    store: CountingStore, remote_model: str, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also what the file system's description does not show."""
     directory = local_model(place_of(remote_model))
@@ -208,7 +208,7 @@ def test_after_a_restart_every_byte_is_checked(
 
 
 @pytest.mark.parametrize("harm", ["missing", "cut", "record"])
-def test_what_is_lost_is_fetched_again(store: ObjectStore, remote_model: str, micro_model: Path, harm: str) -> None:
+def test_what_is_lost_is_fetched_again(store: CountingStore, remote_model: str, micro_model: Path, harm: str) -> None:
     directory = local_model(place_of(remote_model))
     if harm == "missing":
         (directory / WEIGHTS).unlink()
@@ -220,7 +220,7 @@ def test_what_is_lost_is_fetched_again(store: ObjectStore, remote_model: str, mi
 
 
 def test_a_model_that_changed_under_its_uri_is_fetched_again(
-    store: ObjectStore, remote_model: str, micro_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: CountingStore, remote_model: str, micro_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A new ETag is enough: sizes are the same."""
     first = local_model(place_of(remote_model))
@@ -237,7 +237,7 @@ def test_a_model_that_changed_under_its_uri_is_fetched_again(
 
 
 def test_a_model_that_changes_while_it_is_fetched_is_refused(
-    store: ObjectStore, remote_model: str, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+    store: CountingStore, remote_model: str, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def change(*arguments: object) -> object:
         key = f"{place_of(remote_model).path.partition('/')[2]}/generation_config.json"
@@ -251,7 +251,7 @@ def test_a_model_that_changes_while_it_is_fetched_is_refused(
 
 
 def test_bytes_that_are_not_what_the_store_says_are_fetched_once_more(
-    store: ObjectStore, remote_model: str, micro_model: Path, caplog: pytest.LogCaptureFixture
+    store: CountingStore, remote_model: str, micro_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damaged: list[str] = []
 
@@ -271,7 +271,7 @@ def test_bytes_that_are_not_what_the_store_says_are_fetched_once_more(
 
 @pytest.mark.parametrize("sha256", [True, False])
 def test_what_always_arrives_otherwise(
-    store: ObjectStore,
+    store: CountingStore,
     micro_model: Path,
     request: pytest.FixtureRequest,
     sha256: bool,
@@ -291,7 +291,7 @@ def test_what_always_arrives_otherwise(
 
 
 def test_a_store_that_answers_503_for_a_while_is_waited_for(
-    store: ObjectStore, remote_model: str, micro_model: Path
+    store: CountingStore, remote_model: str, micro_model: Path
 ) -> None:
     def gate(method: str, path: str) -> None:
         if path.endswith("/tokenizer.json") and method == "GET" and bursts:
@@ -305,7 +305,7 @@ def test_a_store_that_answers_503_for_a_while_is_waited_for(
 
 
 def test_a_store_that_stays_away_ends_in_words(
-    store: ObjectStore, remote_model: str, monkeypatch: pytest.MonkeyPatch
+    store: CountingStore, remote_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEXUS_RAY_STORAGE_DEADLINE", "1")
     store.failures = 1_000_000
@@ -314,7 +314,7 @@ def test_a_store_that_stays_away_ends_in_words(
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(
-    store: ObjectStore, remote_model: str, monkeypatch: pytest.MonkeyPatch
+    store: CountingStore, remote_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(node_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=65_000_000))
     with pytest.raises(StorageError, match=r"takes 0\.00 GB more, of the 0\.07 GB that are free") as error:
@@ -325,7 +325,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(
 
 
 def test_a_cache_that_cannot_be_written_to_names_the_variable(
-    store: ObjectStore, remote_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: CountingStore, remote_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("NEXUS_RAY_CACHE", str(tmp_path / "file"))
@@ -333,12 +333,12 @@ def test_a_cache_that_cannot_be_written_to_names_the_variable(
         local_model(place_of(remote_model))
 
 
-def test_there_is_no_model(store: ObjectStore) -> None:
+def test_there_is_no_model(store: CountingStore) -> None:
     with pytest.raises(ModelError, match=f"no directory at s3://{BUCKET}/nothing"):
         local_model(place_of(f"s3://{BUCKET}/nothing"))
 
 
-def test_a_shard_that_the_index_names_and_nobody_uploaded(store: ObjectStore, remote_model: str) -> None:
+def test_a_shard_that_the_index_names_and_nobody_uploaded(store: CountingStore, remote_model: str) -> None:
     key = place_of(remote_model).path.partition("/")[2]
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     store.client().put_object(Bucket=BUCKET, Key=f"{key}/{WEIGHTS}.index.json", Body=json.dumps(index).encode())

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nexus_ray import storage
 from nexus_ray.errors import ConfigError
 from nexus_ray.modeling.head import logits_of
-from nexus_ray import storage
 from nexus_ray.targets.format import Manifest
 from nexus_ray.targets.inspection.words import Words, find_head, find_words
 from nexus_ray.targets.reading.reader import TargetBatch, TargetSet

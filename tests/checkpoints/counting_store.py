@@ -34,7 +34,7 @@ class Request:
     answered: int
 
 
-class ObjectStore:
+class CountingStore:
     """moto's S3 behind a door that counts.
 
     Attributes:
@@ -68,7 +68,7 @@ class ObjectStore:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     @contextmanager
-    def running(self) -> Iterator[ObjectStore]:
+    def running(self) -> Iterator[CountingStore]:
         """Serve until the block ends."""
         thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         thread.start()
