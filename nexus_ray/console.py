@@ -44,6 +44,15 @@ def setup_logging(*, verbose: bool = False, quiet: bool = False) -> None:
     package.propagate = False
 
 
+def log_in_workers() -> None:
+    """In a process of Ray's, which no verb has set up: log what takes long to its own log file."""
+    ray = sys.modules.get("ray")
+    if ray is None or logging.getLogger("nexus_ray").handlers or not ray.is_initialized():
+        return
+    if ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
+        setup_logging()
+
+
 class Advance(Protocol):
     """What takes progress further: by so many steps, of a total that has become another where it is given."""
 

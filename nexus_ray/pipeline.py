@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
+from nexus_ray.checkpoints.node_cache import local_description
 from nexus_ray.config import STAGES, Config, flatten_values, save_config
 from nexus_ray.data.sources import describe_files
 from nexus_ray.data.vocabulary import tokenizer_files
@@ -58,7 +59,7 @@ class Run:
     @cached_property
     def tokenizer(self) -> dict[str, str]:
         """Identity of the tokenizer and the chat template."""
-        return tokenizer_files(Path(self.config.model.path))
+        return tokenizer_files(local_description(self.config.model.path))
 
     @cached_property
     def train_text(self) -> list[list[str | int]]:

@@ -1,4 +1,4 @@
-"""Bytes of a checkpoint's files by position: plain local reads, a private mapping, or fsspec ranges.
+"""Bytes of a checkpoint's files by position: plain local reads, a private mapping, or ranges of a remote file.
 
 Plain reads go straight into memory of their own, so what a process holds is what it asked for; the pages of a mapping
 count as resident once touched, but all processes of a machine share them.
@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-import fsspec
 import numpy as np
 import torch
+from fsspec import AbstractFileSystem
 from torch import Tensor
+from upath import UPath
 
 from nexus_ray.errors import ModelError
+from nexus_ray.storage import Place, is_remote, place_of
+from nexus_ray.storage.retries import retrying
 
-Location = Path | str
 _REMOTE_PIECE_BYTES = 64 * 2**20
 _DOWNLOAD = "download the model again"
-_Result = TypeVar("_Result")
 
 
 class ByteFile(Protocol):
@@ -33,7 +33,7 @@ class ByteFile(Protocol):
         size: bytes it holds.
     """
 
-    location: Location
+    location: Place
     size: int
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -49,36 +49,63 @@ class ByteFile(Protocol):
         ...
 
 
-def locate(place: Location) -> Location:
-    """A local path as `Path`, anything with a scheme ("s3://...") as the string it is."""
-    return place if isinstance(place, str) and "://" in place else Path(place)
+def locate(place: Place | str) -> Place:
+    """Where a person says that something is.
+
+    Raises:
+        ModelError: nothing installed here opens this kind of URI.
+    """
+    try:
+        return place_of(place)
+    except ValueError as error:
+        raise ModelError(f"{place} cannot be opened: {error}", "or copy the model to a local directory") from error
 
 
-def child(directory: Location, name: str) -> Location:
-    """The file `name` in a directory."""
-    return directory / name if isinstance(directory, Path) else f"{directory.rstrip('/')}/{name}"
-
-
-def file_name(location: Location) -> str:
-    """The last part of a location."""
-    return str(location).rstrip("/").rpartition("/")[2]
-
-
-def exists(location: Location) -> bool:
+def exists(location: Place) -> bool:
     """Whether something is there.
 
     Raises:
         ModelError: the file system does not say.
+        StorageError: the store does not say.
     """
-    if isinstance(location, Path):
-        try:
-            return location.exists()
-        except OSError as error:
-            raise ModelError(f"{location} cannot be opened: {error.strerror}", "check its permissions") from error
-    return bool(_ask_remote(location, lambda filesystem, path: filesystem.exists(path)))
+    if is_remote(location):
+        return remote_info(location) is not None
+    try:
+        return location.exists()
+    except OSError as error:
+        raise ModelError(f"{location} cannot be opened: {error.strerror}", "check its permissions") from error
 
 
-def read_whole(location: Location) -> bytes:
+def remote_info(location: UPath) -> dict[str, Any] | None:
+    """What the store says about a file or directory; None where nothing is.
+
+    Raises:
+        StorageError: the store refused, or failed for minutes.
+    """
+    try:
+        found: dict[str, Any] = retrying(lambda: location.fs.info(location.path), location, "look at")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found
+
+
+def read_range(location: UPath, start: int, stop: int) -> bytes:
+    """The bytes of a remote file from `start` up to `stop`, fewer where it ends before.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: the store refused, or failed for minutes.
+    """
+    filesystem = location.fs
+    # What reads ranges through an opened file would read ahead, and throw that away.
+    through_file = not filesystem.async_impl and type(filesystem).cat_file is AbstractFileSystem.cat_file
+    options = {"cache_type": "none"} if through_file else {}
+    return bytes(
+        retrying(lambda: filesystem.cat_file(location.path, start=start, end=stop, **options), location, "read")
+    )
+
+
+def read_whole(location: Place) -> bytes:
     """All bytes of a small file.
 
     Raises:
@@ -91,15 +118,15 @@ def read_whole(location: Location) -> bytes:
         file.close()
 
 
-def open_file(location: Location, *, mapped: bool = False) -> ByteFile:
+def open_file(location: Place, *, mapped: bool = False) -> ByteFile:
     """Open a file for reading by position.
 
     Args:
-        location: a local path, or an fsspec URI.
+        location: a local path or a remote place.
         mapped: map a local file privately: reads are views on it, writes to them never reach the file.
 
     Raises:
-        ModelError: it is missing, is not a regular file, or a URI was to be mapped.
+        ModelError: it is missing, is not a regular file, or a remote one was to be mapped.
     """
     if isinstance(location, Path):
         return MappedFile(location) if mapped else LocalFile(location)
@@ -112,7 +139,7 @@ class LocalFile:
     """Positioned reads (preadv) of a local file."""
 
     def __init__(self, location: Path) -> None:
-        self.location: Location = location
+        self.location: Place = location
         self._descriptor = _open_regular(location)
         self.size = os.fstat(self._descriptor).st_size
 
@@ -140,7 +167,7 @@ class MappedFile:
     """Views on a private, copy-on-write mapping of a local file."""
 
     def __init__(self, location: Path) -> None:
-        self.location: Location = location
+        self.location: Place = location
         descriptor = _open_regular(location)
         with os.fdopen(descriptor, "rb") as file:
             self.size = os.fstat(descriptor).st_size
@@ -159,15 +186,17 @@ class MappedFile:
 
 
 class RemoteFile:
-    """Range reads of anything that fsspec opens."""
+    """Range reads of anything that fsspec opens; what fails in a way that passes is asked for again."""
 
-    def __init__(self, location: str) -> None:
-        self.location: Location = location
-        self._filesystem, self._path = _filesystem(location)
-        size = _ask_remote(location, lambda filesystem, path: filesystem.info(path)["size"])
-        if not isinstance(size, int):
+    def __init__(self, location: UPath) -> None:
+        self.location: Place = location
+        self._remote = location
+        found = remote_info(location)
+        if found is None:
+            raise ModelError(f"{location} is missing", "check the URI, or upload the model again")
+        if not isinstance(found.get("size"), int):
             raise ModelError(f"{location} does not say how long it is", "copy the model to a local directory")
-        self.size = size
+        self.size: int = found["size"]
 
     def read(self, start: int, stop: int) -> Tensor:
         """As `ByteFile.read`, in pieces, so that at most one piece is held twice."""
@@ -186,9 +215,9 @@ class RemoteFile:
 
     def _read_piece(self, start: int, stop: int) -> bytes:
         try:
-            return bytes(self._filesystem.cat_file(self._path, start=start, end=stop))
-        except Exception as error:  # each backend raises types of its own
-            raise ModelError(f"{self.location} cannot be read: {error}", "check the network and try again") from error
+            return read_range(self._remote, start, stop)
+        except FileNotFoundError as error:
+            raise ModelError(f"{self.location} cannot be read: it is gone", "upload the model again") from error
 
 
 def _open_regular(location: Path) -> int:
@@ -202,25 +231,6 @@ def _open_regular(location: Path) -> int:
         raise ModelError(f"{location} cannot be opened: {error}", "check the path and its permissions") from error
 
 
-def _filesystem(location: str) -> tuple[Any, str]:
-    try:
-        filesystem, path = fsspec.core.url_to_fs(location)
-    except (ImportError, ValueError) as error:
-        hint = "install the package that fsspec names for this kind of storage, or copy the model to a local directory"
-        raise ModelError(f"{location} cannot be opened: {error}", hint) from error
-    return filesystem, str(path)
-
-
-def _ask_remote(location: str, question: Callable[[Any, str], _Result]) -> _Result:
-    filesystem, path = _filesystem(location)
-    try:
-        return question(filesystem, path)
-    except FileNotFoundError as error:
-        raise ModelError(f"{location} is missing", "check the URI, or upload the model again") from error
-    except Exception as error:  # each backend raises types of its own
-        raise ModelError(f"{location} cannot be opened: {error}", "check the URI, credentials and network") from error
-
-
 def _check_range(file: ByteFile, start: int, stop: int) -> None:
     if not 0 <= start <= stop <= file.size:
         raise _cut_off(file.location, stop)
@@ -232,5 +242,5 @@ def _empty(file: ByteFile, start: int, stop: int) -> Tensor:
     return torch.empty(stop - start, dtype=torch.uint8)
 
 
-def _cut_off(location: Location, stop: int) -> ModelError:
+def _cut_off(location: Place, stop: int) -> ModelError:
     return ModelError(f"{location} is cut off: it ends before byte {stop}", _DOWNLOAD)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from nexus_ray.checkpoints.byte_files import Location, child, exists, file_name, locate
+from nexus_ray.checkpoints.byte_files import exists, locate
 from nexus_ray.checkpoints.fingerprint import fingerprint, full_sha256
 from nexus_ray.checkpoints.header import TensorEntry, dtype_name
 from nexus_ray.checkpoints.overlay import CONFIG_FILE, STEM, load_overlay_config
 from nexus_ray.checkpoints.reader import CheckpointReader, read_model_config
+from nexus_ray.storage import Place
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class TypeTotals:
     bytes: int
 
 
-def describe(directory: Location) -> Table:
+def describe(directory: Place | str) -> Table:
     """A table of what a model directory or an overlay holds, by file and element type.
 
     Raises:
@@ -42,7 +43,7 @@ def describe(directory: Location) -> Table:
     return table
 
 
-def identity(directory: Location, *, sha256: bool = False) -> list[str]:
+def identity(directory: Place | str, *, sha256: bool = False) -> list[str]:
     """Lines that identify a model or an overlay: the base's fingerprint and, on demand, `sha256sum`'s lines.
 
     Raises:
@@ -51,7 +52,7 @@ def identity(directory: Location, *, sha256: bool = False) -> list[str]:
     """
     place = locate(directory)
     if _stem(place) == STEM:
-        lines = ["overlay" if isinstance(place, str) else _describe_overlay(place)]
+        lines = [_describe_overlay(place) if isinstance(place, Path) else "overlay"]
     else:
         lines = [f"{read_model_config(place).get('model_type', 'unknown')}, fingerprint {fingerprint(place)}"]
     if sha256:
@@ -68,16 +69,16 @@ def _describe_overlay(directory: Path) -> str:
     )
 
 
-def _stem(directory: Location) -> str:
-    return STEM if exists(child(directory, CONFIG_FILE)) else "model"
+def _stem(directory: Place) -> str:
+    return STEM if exists(directory / CONFIG_FILE) else "model"
 
 
-def _totals(directory: Location) -> dict[str, dict[str, TypeTotals]]:
+def _totals(directory: Place) -> dict[str, dict[str, TypeTotals]]:
     """{file name: {dtype: totals}} of the tensors that the checkpoint names."""
     with CheckpointReader(directory, stem=_stem(directory)) as reader:
-        shards = {file_name(shard): list[TensorEntry]() for shard in reader.shards}
+        shards = {shard.name: list[TensorEntry]() for shard in reader.shards}
         for name in reader.names:
-            shards[file_name(reader.shard(name))].append(reader.entry(name))
+            shards[reader.shard(name).name].append(reader.entry(name))
     return {shard: _by_type(entries) for shard, entries in shards.items()}
 
 

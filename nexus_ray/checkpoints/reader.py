@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor
 
-from nexus_ray.checkpoints.byte_files import ByteFile, Location, child, exists, locate, open_file, read_whole
+from nexus_ray.checkpoints.byte_files import ByteFile, exists, locate, open_file, read_whole
 from nexus_ray.checkpoints.header import Header, TensorEntry, read_header
 from nexus_ray.errors import ModelError
+from nexus_ray.storage import Place
 
 _DOWNLOAD = "download the model again"
 
 
-def read_model_config(path: Location) -> dict[str, Any]:
-    """Read `config.json` of a Hugging Face directory, local or an fsspec URI.
+def read_model_config(path: Place | str) -> dict[str, Any]:
+    """Read `config.json` of a Hugging Face directory, local or remote.
 
     Raises:
         ModelError: the directory or the file is missing or damaged.
@@ -25,7 +27,7 @@ def read_model_config(path: Location) -> dict[str, Any]:
     directory = locate(path)
     if not exists(directory):
         raise ModelError(f"model.path: no directory at {path}", "set model.path to a Hugging Face model directory")
-    place = child(directory, "config.json")
+    place = directory / "config.json"
     if not exists(place):
         raise ModelError(f"model.path: {path} has no config.json", "is it a Hugging Face model directory?")
     try:
@@ -37,13 +39,28 @@ def read_model_config(path: Location) -> dict[str, Any]:
     return config
 
 
+def checkpoint_bytes(directory: Place) -> int:
+    """Bytes of the files that a model's weights are in.
+
+    Raises:
+        ModelError: the model is missing or damaged.
+    """
+    with CheckpointReader(directory) as reader:
+        shards = reader.shards
+    size = 0
+    for shard in shards:
+        with closing(open_file(shard)) as file:
+            size += file.size
+    return size
+
+
 class CheckpointReader:
     """Tensors of a checkpoint directory by name; nothing is read until it is asked for.
 
     Use it as a context manager. `name in reader` says whether a tensor exists.
 
     Args:
-        directory: local directory or fsspec URI.
+        directory: local directory, or a URI.
         mapped: tensors are views on a private mapping of the (local) files, which the processes of a machine share
             and writes to which never reach the file; otherwise each read takes memory of its own.
         stem: file names begin with it: `{stem}.safetensors` or `{stem}.safetensors.index.json`.
@@ -52,7 +69,7 @@ class CheckpointReader:
         ModelError: the directory holds no safetensors, its index or a file is damaged, or a URI was to be mapped.
     """
 
-    def __init__(self, directory: Location, *, mapped: bool = False, stem: str = "model") -> None:
+    def __init__(self, directory: Place | str, *, mapped: bool = False, stem: str = "model") -> None:
         self.directory = locate(directory)
         self._mapped = mapped
         self._open: dict[str, tuple[ByteFile, Header]] = {}
@@ -75,17 +92,17 @@ class CheckpointReader:
         return sorted(self._shard_of)
 
     @property
-    def shards(self) -> list[Location]:
+    def shards(self) -> list[Place]:
         """The safetensors files, sorted."""
-        return [child(self.directory, name) for name in sorted(set(self._shard_of.values()))]
+        return [self.directory / name for name in sorted(set(self._shard_of.values()))]
 
-    def shard(self, name: str) -> Location:
+    def shard(self, name: str) -> Place:
         """The file that holds a tensor.
 
         Raises:
             ModelError: there is no such tensor.
         """
-        return child(self.directory, self._shard_name(name))
+        return self.directory / self._shard_name(name)
 
     def entry(self, name: str) -> TensorEntry:
         """Type, shape and place of a tensor, from the header only.
@@ -140,7 +157,7 @@ class CheckpointReader:
 
     def _opened(self, name: str) -> tuple[ByteFile, Header]:
         if name not in self._open:
-            file = open_file(child(self.directory, name), mapped=self._mapped)
+            file = open_file(self.directory / name, mapped=self._mapped)
             try:
                 self._open[name] = (file, read_header(file))
             except ModelError:
@@ -156,9 +173,9 @@ class CheckpointReader:
     def _list_tensors(self, stem: str) -> dict[str, str]:
         """{tensor name: file name}."""
         single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
-        if exists(child(self.directory, index)):
-            return _read_index(child(self.directory, index))
-        if exists(child(self.directory, single)):
+        if exists(self.directory / index):
+            return _read_index(self.directory / index)
+        if exists(self.directory / single):
             return dict.fromkeys(self._opened(single)[1].entries, single)
         raise ModelError(f"{self.directory} has neither {index} nor {single}", "it must be in safetensors form")
 
@@ -181,7 +198,7 @@ def _read(file: ByteFile, entry: TensorEntry, start: int, shape: tuple[int, ...]
     return content.view(entry.dtype).reshape(shape)
 
 
-def _read_index(index: Location) -> dict[str, str]:
+def _read_index(index: Place) -> dict[str, str]:
     """{tensor name: file name} from an index file."""
     try:
         weight_map = json.loads(read_whole(index).decode("utf-8"))["weight_map"]

@@ -26,6 +26,9 @@ from nexus_ray.cli import models  # noqa: F401
 # isort: split
 from nexus_ray.cli import looking  # noqa: F401
 
+# isort: split
+from nexus_ray.cli import cache  # noqa: F401
+
 logger = logging.getLogger(__name__)
 _INTERRUPTED = 130  # what typer returns after Ctrl-C, and shells expect
 

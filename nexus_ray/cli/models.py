@@ -53,7 +53,7 @@ def export(
 
     loaded = load(config, overrides, verbose, quiet, Config).config
     chosen = place(overlay) if overlay else RunLayout(loaded.run.directory).overlay
-    done = export(Path(loaded.model.path), chosen, to, overwrite=overwrite, check=_merge_check if check else None)
+    done = export(loaded.model.path, chosen, to, overwrite=overwrite, check=_merge_check if check else None)
     output.print(describe(done), highlight=False, soft_wrap=True)
 
 

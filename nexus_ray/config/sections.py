@@ -35,7 +35,10 @@ class RunSection(Section):
 class ModelSection(Section):
     """The frozen base model."""
 
-    path: Path = Field(description="Hugging Face directory of the base model (GPT-OSS layout)")
+    path: PlaceField = Field(
+        description="Hugging Face directory of the base model (GPT-OSS layout): local, or a URI such as "
+        "s3://bucket/gpt-oss-20b, which each node that loads it fetches once"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute type of the base; auto: bfloat16 on a GPU, float32 on a CPU"
     )

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nexus_ray.checkpoints.node_cache import local_model
 from nexus_ray.checkpoints.reader import CheckpointReader
 from nexus_ray.config import Config
 from nexus_ray.conversion.averaging import mean_expert
@@ -59,7 +60,7 @@ def fit_layers(
     generator = torch.Generator().manual_seed(config.run.seed)
     explained = []
 
-    with CheckpointReader(config.model.path) as reader:
+    with CheckpointReader(local_model(config.model.path)) as reader:
 
         def fit(layer: int, inputs: Tensor, outputs: Tensor) -> None:
             weights = mean_expert(plan.family.expert_parts(reader, layer), plan.experts[layer])

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from nexus_ray import plots
 from nexus_ray.checkpoints.overlay import load_overlay_config
+from nexus_ray.checkpoints.reader import checkpoint_bytes
 from nexus_ray.config import STAGES, Config
 from nexus_ray.evaluation import wording
 from nexus_ray.evaluation.markdown import render
@@ -154,7 +155,7 @@ def _best_validation(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _overlay(config: Config, layout: RunLayout) -> dict[str, Any]:
     description = load_overlay_config(layout.overlay)
-    num_bytes, base_bytes = _tensor_bytes(layout.overlay), _tensor_bytes(config.model.path)
+    num_bytes, base_bytes = _tensor_bytes(layout.overlay), checkpoint_bytes(config.model.path)
     return description.model_dump() | {
         "path": str(layout.overlay),
         "parameters": description.parameters,

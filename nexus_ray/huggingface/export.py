@@ -2,6 +2,7 @@
 
 The base's shards are hard-linked where the file system can, else copied; the shared experts and trained routers are
 one added shard. A hard link shares the base's file, so nothing here ever opens one for writing or changes its mode.
+Shards of a remote base are those of this node's cache; what is linked outlives its entry there.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
+from nexus_ray.checkpoints.node_cache import local_model
 from nexus_ray.checkpoints.overlay import ROUTERS, OverlayConfig, load_overlay
 from nexus_ray.checkpoints.reader import CheckpointReader, read_model_config
+from nexus_ray.checkpoints.remote_model import model_name
 from nexus_ray.checkpoints.writer import CheckpointWriter, TensorSpec
 from nexus_ray.console import progress
 from nexus_ray.errors import ConfigError, ModelError, StorageError
@@ -74,7 +77,7 @@ class Export:
 
 
 def export(
-    base: Path,
+    base: Place,
     overlay: Place,
     output: Path,
     *,
@@ -84,7 +87,7 @@ def export(
     """Write `base` with `overlay` as a standalone model directory, atomically.
 
     Args:
-        base: directory of the base model, on a local or mounted file system.
+        base: directory of the base model; a remote one comes from this node's cache, into which it is fetched.
         overlay: directory of an overlay for it.
         output: directory to write; an earlier export there is replaced with `overwrite`, anything else is not.
         overwrite: replace an earlier export.
@@ -92,16 +95,17 @@ def export(
 
     Raises:
         ConfigError: `output` exists and may not be replaced.
-        ModelError: the base is missing, damaged, not local, or already an export.
+        ModelError: the base is missing, damaged or already an export.
         ArtefactError: the overlay is missing, damaged or belongs to another base.
         StorageError: the disk is too small, or the file system refused.
     """
     _check_output(output, overwrite=overwrite)
-    if not base.is_dir():
-        raise ModelError(f"model.path: no directory at {base}", "export needs the base on a local or mounted disk")
+    if isinstance(base, Path) and not base.is_dir():
+        raise ModelError(f"model.path: no directory at {base}", "set model.path to a Hugging Face model directory")
     config = read_model_config(base)
     family = family_of(config)
     description, tensors = load_overlay(overlay, fingerprint(base))
+    name, base = model_name(base), local_model(base)
     shared = {exported_name(name): tensor for name, tensor in tensors.items() if not name.startswith(ROUTERS)}
     routers = exported_routers(base, family, description, tensors)
     added = shared | routers
@@ -113,7 +117,7 @@ def export(
         _write_shared(temporary, added)
         write_json(temporary / INDEX, _index(plan, added))
         write_json(temporary / "config.json", _configuration(config, description, tensors, routers))
-        write_text(temporary / "README.md", model_card(output.resolve().name, base.resolve().name, description))
+        write_text(temporary / "README.md", model_card(output.resolve().name, name, description))
         _copy_companions(base, temporary)
         if check is not None:
             check(temporary)
@@ -144,7 +148,7 @@ class _Plan:
         tensor_bytes = 0
         with CheckpointReader(base) as reader:
             for name in reader.names:
-                shard = Path(reader.shard(name))
+                shard = base / reader.shard(name).name
                 file = shard.relative_to(base).as_posix()
                 file = _exported_file(file)
                 shards[file] = shard.resolve()  # a hub cache holds symbolic links; a hard link needs the file itself

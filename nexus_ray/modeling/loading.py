@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
+from nexus_ray.checkpoints.node_cache import local_description, local_model
 from nexus_ray.checkpoints.overlay import ROUTERS, OverlayConfig, TrainedKind, load_overlay
 from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.config import Attention, ModelSection
@@ -181,7 +182,7 @@ class LoadedModel:
 
 
 def load_base(section: ModelSection, devices: Sequence[torch.device] | None = None, reserved: int = 0) -> LoadedModel:
-    """Load the frozen base model.
+    """Load the frozen base model, from this node's cache where `model.path` is a URI.
 
     Layers are spread over the devices when there are several. MXFP4 experts stay packed, unless `model.experts`
     names one of transformers' implementations.
@@ -194,14 +195,17 @@ def load_base(section: ModelSection, devices: Sequence[torch.device] | None = No
     Raises:
         ModelError: the directory is missing, incomplete or of an unsupported family, or the tokenizer does not
             fit the model.
+        StorageError: a remote model cannot be fetched: its store fails for minutes, or the disk is too small.
     """
     bound_shape_caches()
-    config = read_model_config(section.path)
+    family_of(read_model_config(section.path))  # before gigabytes are fetched
+    directory = local_model(section.path)
+    config = read_model_config(directory)
     family = family_of(config)
-    identity = fingerprint(section.path)
+    identity = fingerprint(directory)
     places = _places(section, devices)
     model = build_model(
-        section.path,
+        directory,
         config,
         family,
         experts=section.experts,
@@ -209,7 +213,7 @@ def load_base(section: ModelSection, devices: Sequence[torch.device] | None = No
         devices=places,
         reserved=reserved,
     )
-    tokenizer = load_tokenizer(section.path, config)
+    tokenizer = load_tokenizer(directory, config)
     sizes = family.dimensions(config)
     return LoadedModel(model, tokenizer, family, config, sizes, identity, places[0], attention=section.attention)
 
@@ -263,14 +267,15 @@ def activation(family: MoeFamily, config: dict[str, Any]) -> Activation:
     return functools.partial(family.expert_activation, config=config)
 
 
-def load_tokenizer(path: Path, config: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model and check that every id has an embedding.
+def load_tokenizer(path: Place, config: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model and check that every id has an embedding; of a remote one no weights are fetched.
 
     Raises:
         ModelError: there is none, or its vocabulary is larger than the model's.
     """
+    directory = local_description(path)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # transformers raises many types
         raise ModelError(f"{path} has no usable tokenizer: {error}", "copy tokenizer.json into it") from error
     if len(tokenizer) > config["vocab_size"]:

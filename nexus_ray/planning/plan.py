@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nexus_ray.config import Config
+from nexus_ray.planning.base_cache import BaseCache, plan_base_cache
 from nexus_ray.planning.machine import Machine, this_machine
 from nexus_ray.planning.needs import Part
 from nexus_ray.planning.schedules import Schedules, make_schedules
@@ -53,6 +54,7 @@ class Plan:
     targets: dict[str, SourceTargets]
     tokens: dict[str, SourceTokens]
     times: tuple[PassTime, ...]
+    base_cache: BaseCache | None
     schedules: Schedules
 
     @property
@@ -68,7 +70,8 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the whole run does."""
-        return self.storage_fits and all(stage.fits for stage in self.stages)
+        cached = self.base_cache is None or self.base_cache.fits
+        return cached and self.storage_fits and all(stage.fits for stage in self.stages)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON-serialisable data; sizes in bytes."""
@@ -79,6 +82,7 @@ class Plan:
             "machine": asdict(self.machine),
             "stages": {stage.needs.stage: stage.as_dict() for stage in self.stages},
             "storage": {part.name: part.size for part in self.storage} | {"total": self.storage_bytes},
+            "base_cache": None if self.base_cache is None else asdict(self.base_cache),
             "targets": {name: _targets_as_dict(value) for name, value in self.targets.items()},
             "tokens": {name: asdict(value) | {"epochs": value.epochs} for name, value in self.tokens.items()},
             "base_passes": {each.stage: asdict(each) for each in self.times},
@@ -106,6 +110,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
         storage=storage_parts(config, sizes, worker.overlay, worker.targets),
         targets=worker.targets,
         tokens={name: _tokens(config, name, source, known=name in text) for name, source in worker.targets.items()},
+        base_cache=plan_base_cache(config.model.path),
         times=pass_times(config, sizes, worker.targets),
         schedules=make_schedules(config),
     )

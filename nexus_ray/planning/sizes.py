@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from nexus_ray.checkpoints.reader import CheckpointReader, read_model_config
 from nexus_ray.errors import ModelError
 from nexus_ray.families import MoeDimensions, family_of
+from nexus_ray.storage import Place
 
 _VALUES_PER_BYTE = 2  # of MXFP4 blocks
 
@@ -70,7 +70,7 @@ class ModelSizes:
         return 3 * self.dimensions.hidden_size * self.dimensions.intermediate_size
 
 
-def read_sizes(path: Path) -> ModelSizes:
+def read_sizes(path: Place) -> ModelSizes:
     """Read the sizes of the model in a directory; reads `config.json` and file headers only.
 
     Raises:
@@ -84,7 +84,7 @@ def read_sizes(path: Path) -> ModelSizes:
         raise ModelError(f"model.path: {path}/config.json lacks or garbles {error}", "download it again") from error
 
 
-def _tensors(path: Path) -> dict[str, Any]:
+def _tensors(path: Place) -> dict[str, Any]:
     """The fields that the files' headers decide."""
     packed_bytes = packed_parameters = largest = 0
     plain: Counter[torch.dtype] = Counter()

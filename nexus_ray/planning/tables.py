@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from nexus_ray.planning.base_cache import BaseCache
 from nexus_ray.planning.needs import GIB, MIB
 from nexus_ray.planning.plan import Plan
 from nexus_ray.planning.schedule_table import show_schedules
@@ -89,7 +90,16 @@ def _storage(plan: Plan) -> Table:
     verdict = "fits" if plan.storage_fits else "does not fit: choose another place with run.directory=PATH"
     free = "in an object store" if plan.machine.free_disk is None else f"{size_text(plan.machine.free_disk)} free"
     table.add_row("sum", size_text(plan.storage_bytes), f"{free}: {verdict}")
+    if plan.base_cache is not None:
+        table.add_row("base, on each node", size_text(plan.base_cache.size), _cache_note(plan.base_cache))
     return table
+
+
+def _cache_note(cache: BaseCache) -> str:
+    """Where a remote base goes; each node that loads it has a disk of its own."""
+    verdict = "fits" if cache.fits else "does not fit: point NEXUS_RAY_CACHE at a larger disk"
+    state = f"{size_text(cache.missing)} to fetch" if cache.missing else "there"
+    return escape(f"in {cache.directory}; here {state}, {size_text(cache.free)} free: {verdict}")
 
 
 def _targets(plan: Plan) -> Table:

@@ -7,17 +7,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
-from pathlib import Path
 
 import fsspec
 from tokenizers import Tokenizer
 
+from nexus_ray.checkpoints.node_cache import local_description
 from nexus_ray.config import Config
 from nexus_ray.data import hub_datasets
 from nexus_ray.data.documents import read_documents
 from nexus_ray.data.references import is_reference
 from nexus_ray.data.sources import Shard, is_on_the_hub, list_shards, text_size
 from nexus_ray.errors import DataError, ModelError
+from nexus_ray.storage import Place
 
 logger = logging.getLogger(__name__)
 _SAMPLE_CHARACTERS = 100_000
@@ -66,8 +67,8 @@ def measure_text(config: Config) -> dict[str, SourceText]:
     return found
 
 
-def _tokenizer(model: Path) -> Tokenizer | None:
-    path = model / "tokenizer.json"
+def _tokenizer(model: Place) -> Tokenizer | None:
+    path = local_description(model) / "tokenizer.json"
     if not path.is_file():
         return None
     try:

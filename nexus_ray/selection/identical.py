@@ -7,18 +7,18 @@ means anything.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from nexus_ray.checkpoints.reader import CheckpointReader, read_model_config
 from nexus_ray.families import ExpertParts, StoredPart, family_of
+from nexus_ray.storage import Place
 
 _FIRST_ROWS = 8
 _MOST_ROWS = 512  # of 2880 float32 values: 6 MB
 
 
-def layers_of_identical_experts(path: Path) -> frozenset[int]:
+def layers_of_identical_experts(path: Place) -> frozenset[int]:
     """The layers of the model at `path` in which every expert equals the first.
 
     Experts are compared as they are computed with, after dequantising. Reading stops at the first difference, which

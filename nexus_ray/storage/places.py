@@ -44,6 +44,8 @@ def place_of(value: str | Place) -> Place:
         raise ValueError(f"{text}: {error}; {_hint(scheme)}") from error
     except ValueError as error:
         raise ValueError(f"{text}: {error}") from error
+    if isinstance(place, Path):  # what UPath makes of a scheme that it does not take for one
+        raise ValueError(f"{text}: {scheme!r} is no kind of storage")  # noqa: TRY004  # as the other failures
     return place
 
 

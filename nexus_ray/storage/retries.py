@@ -53,6 +53,7 @@ _PASSING_TYPES = {
     "ServiceRequestError",
     "ServiceResponseError",
     "ResponseStreamingError",
+    "FlexibleChecksumError",
 }
 _CREDENTIAL_TYPES = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
 _PERMANENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, NotImplementedError)

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nexus_ray.checkpoints import byte_files, reader
-from nexus_ray.checkpoints.byte_files import ByteFile, Location
+from nexus_ray.checkpoints.byte_files import ByteFile
 from nexus_ray.checkpoints.header import TensorSpec
 from nexus_ray.checkpoints.reader import CheckpointReader, read_model_config
 from nexus_ray.checkpoints.writer import CheckpointWriter
 from nexus_ray.errors import ModelError
-from nexus_ray.storage import sha256_file
+from nexus_ray.storage import Place, sha256_file
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def counted(directory: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int,
     """The byte ranges that readers ask for, header reads included."""
     ranges: list[tuple[int, int]] = []
 
-    def counting(location: Location, *, mapped: bool = False) -> ByteFile:
+    def counting(location: Place, *, mapped: bool = False) -> ByteFile:
         assert isinstance(location, Path)
         return CountingFile(location, ranges)
 
@@ -230,7 +230,7 @@ def test_a_pipe_is_not_waited_for(directory: Path) -> None:
     ("uri", "message"),
     [
         ("memory://nowhere", "has neither"),
-        ("unknown-storage://bucket/model", "cannot be opened"),
+        ("unknown-storage://bucket/model", "no kind of storage"),
         ("memory://models/every", "cannot be memory-mapped"),
     ],
 )
@@ -242,7 +242,7 @@ def test_remote_places_that_cannot_be_used(remote: str, uri: str, message: str) 
 def test_a_remote_file_that_fails_while_it_is_read(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with CheckpointReader(remote) as checkpoint:
         filesystem = fsspec.filesystem("memory")
-        monkeypatch.setattr(filesystem, "cat_file", lambda path, start, end: b"short"[: end - start])
+        monkeypatch.setattr(type(filesystem), "cat_file", lambda self, path, start, end: b"short"[: end - start])
         with pytest.raises(ModelError, match=r"memory://models/every/model\.safetensors is cut off"):
             checkpoint.read("layer.F32")
         filesystem.rm("/models/every/model.safetensors")

@@ -211,9 +211,9 @@ def test_an_overlay_of_another_base_is_refused(base: Path, micro_overlay: Path, 
         export(base, micro_overlay, tmp_path / "out")
 
 
-def test_a_remote_base_is_refused(micro_overlay: Path, tmp_path: Path) -> None:
+def test_a_base_that_is_not_there_is_refused(micro_overlay: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no directory at"):
-        export(Path("memory://base"), micro_overlay, tmp_path / "out")
+        export(tmp_path / "base", micro_overlay, tmp_path / "out")
 
 
 def test_the_digest_is_that_of_names_and_bytes() -> None:

@@ -35,7 +35,10 @@ def test_a_field_is_dumped_as_it_was_written(text: str) -> None:
     assert str(pickle.loads(pickle.dumps(section)).directory) == text
 
 
-@pytest.mark.parametrize(("text", "said"), [("nowhere://a/b", "nowhere"), ("abfs://box/run", "nexus-ray\\[azure\\]")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("nowhere://a/b", "nowhere"), ("no-where://a/b", "no-where"), ("abfs://box/run", "nexus-ray\\[azure\\]")],
+)
 def test_a_uri_that_nothing_opens_says_what_to_install(text: str, said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         _Section(directory=text)

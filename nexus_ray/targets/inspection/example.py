@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nexus_ray import storage
 from nexus_ray.errors import ConfigError
 from nexus_ray.modeling.head import logits_of
 from nexus_ray.targets.format import Manifest
@@ -109,7 +110,7 @@ def decode_example(targets: TargetSet, number: int, tokenizer: Path | None = Non
         last = ends[-1] - 1 if len(ends) else "none"
         raise ConfigError(f"--sequence: {targets.place} has no sequence {number}; the last is {last}")
     batch = targets.read(np.asarray([number]))
-    directory = tokenizer or Path(manifest.tokenizer)
+    directory = tokenizer or storage.place_of(manifest.tokenizer)
     words = find_words(manifest, directory)
     ids = batch.input_ids[0, : int(batch.num_tokens[0])].tolist()
     places, note = _places(batch, ids, words, manifest, directory)
@@ -125,7 +126,7 @@ def decode_example(targets: TargetSet, number: int, tokenizer: Path | None = Non
 
 
 def _places(
-    batch: TargetBatch, ids: list[int], words: Words, manifest: Manifest, directory: Path
+    batch: TargetBatch, ids: list[int], words: Words, manifest: Manifest, directory: storage.Place
 ) -> tuple[tuple[Place, ...], str]:
     """A few places, and why they lack what they lack."""
     predicted = batch.loss_mask[0].nonzero()[:, 0]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nexus_ray.checkpoints.byte_files import exists
 from nexus_ray.checkpoints.fingerprint import fingerprint
+from nexus_ray.checkpoints.node_cache import local_description
 from nexus_ray.checkpoints.reader import CheckpointReader
 from nexus_ray.data.vocabulary import tokenizer_digest
-from nexus_ray.errors import ModelError
+from nexus_ray.errors import ModelError, StorageError
+from nexus_ray.storage import Place
 from nexus_ray.targets.format import Manifest
 
 # The second is the head of models that share it with their embeddings.
@@ -43,12 +45,17 @@ class Words:
         return str(self.tokenizer.convert_ids_to_tokens(index)) if "\N{REPLACEMENT CHARACTER}" in text else repr(text)
 
 
-def find_words(manifest: Manifest, directory: Path) -> Words:
+def find_words(manifest: Manifest, directory: Place) -> Words:
     """The tokenizer in `directory`, if it is the one that the set was made with."""
-    if not directory.is_dir():
-        return Words(None, f"token ids, no text: there is no tokenizer at {directory} (--tokenizer DIR)")
+    missing = f"token ids, no text: there is no tokenizer at {directory} (--tokenizer DIR)"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        here = local_description(directory)
+    except (ModelError, StorageError) as error:
+        return Words(None, f"{missing}: {error.message}")
+    if not here.is_dir():
+        return Words(None, missing)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(here, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
         return Words(None, f"token ids, no text: {directory} has no usable tokenizer: {reason}")
@@ -57,16 +64,16 @@ def find_words(manifest: Manifest, directory: Path) -> Words:
     return Words(tokenizer)
 
 
-def find_head(manifest: Manifest, directory: Path) -> Tensor | str:
+def find_head(manifest: Manifest, directory: Place) -> Tensor | str:
     """The [vocabulary, hidden] LM head of the model in `directory`, if it is the set's base; else why there is none."""
     missing = "hidden states without logits, which need the LM head of the base model:"
-    if not (directory / "config.json").is_file():
-        return f"{missing} there is no model at {directory}"
     try:
+        if not exists(directory / "config.json"):
+            return f"{missing} there is no model at {directory}"
         if fingerprint(directory) != manifest.base_fingerprint:
             return f"{missing} the model in {directory} is another one"
         with CheckpointReader(directory) as reader:
             names = [name for name in _HEADS if name in reader]
             return reader.read(names[0]) if names else f"{missing} {directory} has none"
-    except ModelError as error:
+    except (ModelError, StorageError) as error:
         return f"{missing} {error.message}"

@@ -16,6 +16,7 @@ from nexus_ray.data.vocabulary import tokenizer_digest
 from nexus_ray.errors import ConfigError, ModelError
 from nexus_ray.families import family_of
 from nexus_ray.modeling.loading import load_tokenizer
+from nexus_ray.storage import Place
 from nexus_ray.targets.configured import output_encoding, router_encoding, sources_with
 from nexus_ray.targets.format import Header
 from nexus_ray.targets.writing.shard_file import column_bytes
@@ -44,7 +45,7 @@ class PrecomputeJob:
 
     data: DataSection
     names: tuple[str, ...]
-    tokenizer: Path
+    tokenizer: Place
     header: Header
     teacher: ModelSection | None = None
     output_sources: frozenset[str] = frozenset()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nexus_ray.checkpoints.node_cache import local_description
 from nexus_ray.cluster import map_over_pool, set_worker_threads
 from nexus_ray.config import Config, ResourcesSection
 from nexus_ray.data.packing import Batch, batches, pack_shard
@@ -128,7 +129,7 @@ class ShardWriter:
         set_worker_threads(resources)
         self.job = job
         self.store = store
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(job.tokenizer)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(local_description(job.tokenizer))
         job.check_tokenizer(self.tokenizer)
         self.teacher = EncodingTeacher(load_base(job.teacher), job.header) if job.teacher else None
 
