@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nexus_ray import worker_log
 from nexus_ray.errors import ArtefactError, NexusError, StorageError
 from nexus_ray.memory import used_bytes
 from nexus_ray.training import trainer, trouble
@@ -22,6 +23,7 @@ from nexus_ray.training.guards import Progress
 from nexus_ray.training.optimiser import drop_frozen_gradients, is_frozen, set_learning_rates
 from nexus_ray.training.recovery import RecoveryPoints, newest, remove_leftovers
 from nexus_ray.training.settings import LoopSettings
+from nexus_ray.training.stopping import StopRequest
 from nexus_ray.training.watching.log import RunLog, open_log
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,7 @@ class _Loop:
         self.is_first = trainer.world()[0] == 0
         self.points = RecoveryPoints(settings.layout.checkpoints, settings.keep_checkpoints) if self.is_first else None
         self.saved_for_leaving = False
+        self.stop_request = StopRequest(settings.layout.training)
         if self.is_first:
             remove_leftovers(settings.layout.directory)
         damaged = self._restore()
@@ -106,6 +109,7 @@ class _Loop:
 
     def run(self) -> None:
         """All steps that are left."""
+        worker_log.ready()
         while self.progress.step < self.settings.steps and not self.progress.ended:
             self._step(self.progress.step)
         if self.points is not None:
@@ -159,6 +163,9 @@ class _Loop:
             self.saved_for_leaving = True
             self.say("preemption")
             self._checkpoint(wait=True)
+        elif self.is_first and self.stop_request.is_there():
+            self._checkpoint(wait=True)
+            self.stop_request.answer()
         record = self._optimise(step, started)
         self.progress.step = step + 1
         if record is not None:

@@ -18,11 +18,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nexus_ray.cluster import actor_options, ensure_ray
+from nexus_ray import worker_log
+from nexus_ray.cluster import actor_options, begin_as_worker, ensure_ray, needs
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
+from nexus_ray.heartbeat import doing
 from nexus_ray.storage import make_directory, read_json, write_json
+from nexus_ray.training.stopping import checkpoint_before_stopping
 from nexus_ray.training.watching.follow import following
+from nexus_ray.versions import driver_versions
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +74,13 @@ def run_distributed(
     )
     error_file.unlink(missing_ok=True)
     try:
-        with following(metrics, steps, "train"), _ctrl_c_ours_again():
+        worker_log.expect_workers()
+        with (
+            following(metrics, steps, "train"),
+            doing(lambda: worker_log.what_workers_do(needs(resources))),
+            _ctrl_c_ours_again(),
+            checkpoint_before_stopping(directory),
+        ):
             trainer.fit()
     except SystemExit as error:  # how Ray Train answers Ctrl-C, after stopping its workers
         raise KeyboardInterrupt from error
@@ -95,11 +105,13 @@ def _ctrl_c_ours_again() -> Iterator[None]:
 
 def _guarded(loop: Callable[[dict[str, Any]], None], error_file: Path) -> Callable[[dict[str, Any]], None]:
     """`loop`, leaving an error that a user can cause where the driver finds it, and not trying again after one."""
+    driver = driver_versions()
 
     def run(arguments: dict[str, Any]) -> None:
         if error_file.exists():
             raise error_from_record(read_json(error_file, what="error record", hint="run again"))
         try:
+            begin_as_worker("train", driver)
             loop(arguments)
         except NexusError as error:
             with suppress(NexusError):  # on a full disk this one is the second to be told
