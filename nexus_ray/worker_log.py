@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 _MARK = ":nexus-ray:"
 _LISTENER = "nexus_ray"
 _OURS = ("nexus_ray", "serve")
+_ON_PURPOSE = ("was killed by `ray.kill`", "driver has exited", "owner has died")
 _AGAIN_AFTER_SECONDS = 60.0  # until then the same words of another worker are not repeated
 
 _STARTED, _READY = "started", "ready"
@@ -72,6 +73,8 @@ def listen(*, everything: bool = False) -> None:
         dispatcher.remove_handler(name)
     listener = Listener(worker.filter_autoscaler_events, printers if everything else ())
     dispatcher.add_handler(_LISTENER, listener)
+    # What nodes report (a worker that died) Ray would print with colours, to standard output, which is for results.
+    worker.print_to_stdstream = lambda data, **_: listener(data)
 
 
 class Listener:
@@ -106,6 +109,10 @@ class Listener:
                 if not event.startswith("Tip:"):
                     logger.info("cluster: %s", event)
             return
+        if data.get("pid") == "raylet":
+            for line in lines:
+                self._report(line)
+            return
         for line in lines:
             if _MARK in line:
                 self._hear(json.loads(line.partition(_MARK)[2]), str(data.get("ip")))
@@ -113,6 +120,11 @@ class Listener:
         if others:
             for printer in self._printers:
                 printer({**data, "lines": others})
+
+    def _report(self, event: str) -> None:
+        """Tell what a node reports, unless it is what ended on purpose."""
+        if not any(words in event for words in _ON_PURPOSE) and not self._has_been_told(logging.WARNING, event):
+            logger.warning("cluster: %s", event)
 
     def _hear(self, said: dict[str, Any], node: str) -> None:
         if "state" in said:

@@ -95,6 +95,15 @@ def test_events_of_the_autoscaler_are_told_without_advertising(log):
     assert [record.message for record in log.records] == ["cluster: Adding 2 nodes (raw)"]
 
 
+def test_a_worker_that_died_is_told_and_one_that_was_ended_is_not(log):
+    events = [
+        "Task collect failed. There are 3 retries remaining. Error: The actor died unexpectedly: killed by SIGKILL",
+        "Task collect failed, to be retried. Error: The actor is dead because it was killed by `ray.kill`.",
+    ]
+    Listener(no_events)(brought_by_ray(events, "raylet"))
+    assert [record.message for record in log.records] == [f"cluster: {events[0]}"]
+
+
 def test_a_garbled_line_does_not_end_rays_thread():
     Listener(no_events)(brought_by_ray([":nexus-ray:{not json"]))
     Listener(no_events)({})
