@@ -77,6 +77,11 @@ class PrivateCluster:
         """`ray job stop`; returns when the job has stopped."""
         self._ray("stop", job)
 
+    def stop_at_once(self, job: str) -> None:
+        """The same, without the seconds that the command takes to start and without waiting."""
+        request = urllib.request.Request(f"{self.url}/api/jobs/{job}/stop", data=b"", method="POST")
+        urllib.request.urlopen(request, timeout=PATIENCE_SECONDS).close()
+
     def status(self, job: str) -> str:
         return str(self._get(f"/api/jobs/{job}")["status"])
 
