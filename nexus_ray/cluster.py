@@ -14,9 +14,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from nexus_ray import worker_log
 from nexus_ray.config import ResourcesSection
 from nexus_ray.console import progress
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
+from nexus_ray.heartbeat import doing
+from nexus_ray.versions import driver_versions, require_same
 
 logger = logging.getLogger(__name__)
 _RETRIES = 3  # of a piece of work whose worker died
@@ -34,26 +37,50 @@ def ensure_ray() -> None:
 
     if ray.is_initialized():
         return
-    quiet: dict[str, Any] = {
-        "logging_level": logging.ERROR,
-        "log_to_driver": logger.isEnabledFor(logging.DEBUG),
-    }
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **quiet)
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _connect(address, quiet)
     else:
         logger.info("starting Ray on this machine")
         # "local": without it Ray would join whatever cluster was last started on this machine.
         ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **quiet)
-    _stop_as_on_ctrl_c()
+    worker_log.listen(everything=logger.isEnabledFor(logging.DEBUG))
+    stop_as_on_ctrl_c()
 
 
-def _stop_as_on_ctrl_c() -> None:
+def _connect(address: str, options: dict[str, Any]) -> None:
+    """Join a cluster that runs already.
+
+    Raises:
+        NexusError: there is none, or it has another Python or Ray.
+    """
+    import ray
+
+    try:
+        ray.init(address="auto", **options)
+    except ConnectionError as error:
+        raise NexusError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}",
+            "start it or correct the address; without RAY_ADDRESS Ray is started on this machine",
+        ) from error
+    except RuntimeError as error:
+        if "ersion mismatch" not in str(error):
+            raise
+        raise NexusError(
+            f"the cluster at RAY_ADDRESS={address} does not fit this process. {error}",
+            "install the same Python and Ray in both; or let the cluster's own run it: `ray job submit --working-dir . "
+            "-- python jobs/pipeline.py CONFIG`",
+        ) from error
+
+
+def stop_as_on_ctrl_c() -> None:
     """Let SIGTERM, which stopped jobs get, do what Ctrl-C does; Ray would end the process at once."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGTERM, stop)
 
 
-def _stop(*_: object) -> None:
+def stop(*_: object) -> None:
     """Do what Ctrl-C does, also where it is ignored: shell scripts start what they end with `&` like that."""
     if callable(signal.getsignal(signal.SIGINT)):
         signal.raise_signal(signal.SIGINT)
@@ -67,6 +94,31 @@ def actor_options(resources: ResourcesSection) -> dict[str, Any]:
     if resources.memory_gib_per_worker is not None:
         options["memory"] = int(resources.memory_gib_per_worker * 2**30)
     return options
+
+
+def needs(resources: ResourcesSection) -> str:
+    """What a worker needs beside what is free in the cluster, in words."""
+    import ray
+
+    request = actor_options(resources)
+    wanted = {"CPU": request["num_cpus"], "GPU": request["num_gpus"]}
+    wanted = {name: count for name, count in wanted.items() if count}
+    free, nodes = ray.available_resources(), sum(node["Alive"] for node in ray.nodes())
+    there = ", ".join(f"{name} {free.get(name, 0):g}" for name in wanted)
+    each = ", ".join(f"{name} {count:g}" for name, count in wanted.items())
+    return f"each needs {each}; free on {nodes} node{'' if nodes == 1 else 's'}: {there}"
+
+
+def begin_as_worker(stage: str, driver: dict[str, str]) -> None:
+    """What every worker does first: speak to the driver, and see whether it runs the same code and versions.
+
+    Raises:
+        NexusError: it does not.
+    """
+    import ray
+
+    worker_log.speak_as(stage)
+    require_same(driver, ray.util.get_node_ip_address())
 
 
 def map_over_pool(
@@ -106,14 +158,23 @@ def map_over_pool(
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         results = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
             _Guarded,  # type: ignore[arg-type]
-            fn_constructor_kwargs={"worker": worker, "arguments": arguments},
+            fn_constructor_kwargs={
+                "worker": worker,
+                "arguments": arguments,
+                "stage": description,
+                "driver": driver_versions(),
+            },
             compute=pool,
             max_task_retries=_RETRIES,
             **actor_options(resources),
         )
     unit, total = amount or ("", len(items))
     forecast = Forecast(total)
-    with progress(description, total, unit, about=bool(expected)) as advance:
+    worker_log.expect_workers()
+    with (
+        progress(description, total, unit, about=bool(expected)) as advance,
+        doing(lambda: worker_log.what_workers_do(needs(resources))),
+    ):
         for row in _surviving(results.iter_rows(), description):
             if row.get("error"):
                 raise error_from_record(row)
@@ -161,11 +222,17 @@ class _Guarded:
     """Runs a worker; an error that a user can cause comes back as data and is raised again in the driver."""
 
     def __init__(
-        self, worker: Callable[..., Callable[[dict[str, Any]], dict[str, Any]]], arguments: dict[str, Any]
+        self,
+        worker: Callable[..., Callable[[dict[str, Any]], dict[str, Any]]],
+        arguments: dict[str, Any],
+        stage: str,
+        driver: dict[str, str],
     ) -> None:
         self._failure: NexusError | None = None
         try:
+            begin_as_worker(stage, driver)
             self._worker = worker(**arguments)
+            worker_log.ready()
         except NexusError as error:
             self._failure = error
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -23,9 +23,24 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from nexus_ray.heartbeat import Heartbeat, doing
+
 logger = logging.getLogger(__name__)
 console = Console(stderr=True)
 _PLAIN_INTERVAL_SECONDS = 15.0
+_heartbeat = Heartbeat()
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Plain lines, with dates: a job may take days. Each is a sign of life."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        _heartbeat.line_written()
 
 
 def setup_logging(*, verbose: bool = False, quiet: bool = False) -> None:
@@ -36,8 +51,9 @@ def setup_logging(*, verbose: bool = False, quiet: bool = False) -> None:
         handler = RichHandler(console=console, show_path=verbose, log_time_format="[%X]")
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+        handler = _Lines()
+        if not _heartbeat.is_alive():
+            _heartbeat.start()
     package = logging.getLogger("nexus_ray")
     package.handlers = [handler]
     package.setLevel(level)
@@ -84,7 +100,8 @@ def progress(description: str, total: int, unit: str = "", *, about: bool = Fals
 
             yield advance
     else:
-        yield _plain_progress(description, total, unit, about)
+        with _plain_progress(description, total, unit, about) as advance:
+            yield advance
 
 
 def _bar(unit: str) -> Progress:
@@ -108,10 +125,10 @@ def _speed(done: float, started: float, unit: str) -> str:
     return f"{done / max(time.monotonic() - started, 1e-9):,.0f} {unit}/s" if unit else ""
 
 
-def _plain_progress(description: str, expected: int, unit: str, about: bool) -> Advance:
+@contextmanager
+def _plain_progress(description: str, expected: int, unit: str, about: bool) -> Iterator[Advance]:
     done, whole = 0, expected
     started = last = time.monotonic()
-    end = f" {unit}, " if unit else ", "
 
     def advance(steps: int, total: int | None = None) -> None:
         nonlocal done, whole, last
@@ -122,7 +139,11 @@ def _plain_progress(description: str, expected: int, unit: str, about: bool) -> 
             last = now
             left = (now - started) / max(done, 1) * (whole - done)
             speed = f"{_speed(done, started, unit)}, " if unit else ""
-            of = f"about {whole:,}" if about and done < whole else f"{whole:,}"
-            logger.info("%s: %s of %s%s%s%.0f s left", description, f"{done:,}", of, end, speed, left)
+            logger.info("%s, %s%.0f s left", so_far(), speed, left)
 
-    return advance
+    def so_far() -> str:
+        of = f"about {whole:,}" if about and done < whole else f"{whole:,}"
+        return f"{description}: {done:,} of {of} {unit}".rstrip()
+
+    with doing(so_far):
+        yield advance

@@ -143,3 +143,14 @@ def test_shipped_configurations_are_valid(name: str, capsys: pytest.CaptureFixtu
     path = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
     assert run_command(["config", str(path)]) == 0
     assert yaml.safe_load(path.read_text())["run"]["directory"] == f"runs/{name}"
+
+
+def test_the_last_line_is_where_the_artefacts_lie(config_file: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """In a job or a pipe; `done:` is for people, the JSON object for programs."""
+    overlay = tmp_path / "run" / "overlay"
+    monkeypatch.setattr("nexus_ray.pipeline.run_single_stage", lambda *_, **__: overlay.mkdir(parents=True))
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["train", str(config_file), "run.directory=run"]) == 0
+    people, programs = capsys.readouterr().out.splitlines()
+    assert people == f"done: overlay {overlay}"
+    assert json.loads(programs) == {"done": "train", "artefacts": {"overlay": str(overlay)}}

@@ -8,7 +8,7 @@ from types import FrameType
 
 import pytest
 
-from nexus_ray.cluster import _stop_as_on_ctrl_c
+from nexus_ray.cluster import stop_as_on_ctrl_c
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def signals_as_before() -> Iterator[None]:
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
 def test_sigterm_interrupts_also_where_a_shell_script_has_switched_ctrl_c_off(handler) -> None:
     signal.signal(signal.SIGINT, handler)
-    _stop_as_on_ctrl_c()
+    stop_as_on_ctrl_c()
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGTERM)
 
@@ -35,6 +35,6 @@ def test_sigterm_goes_to_who_handles_ctrl_c() -> None:
         seen.append(number)
 
     signal.signal(signal.SIGINT, handle)
-    _stop_as_on_ctrl_c()
+    stop_as_on_ctrl_c()
     signal.raise_signal(signal.SIGTERM)
     assert seen == [signal.SIGINT]

@@ -54,7 +54,7 @@ def test_levels(capsys, flags, seen):
     log_three()
     captured = capsys.readouterr()
     assert captured.out == "", "standard output is for results"
-    assert [line.split(" ", 2)[2] for line in captured.err.splitlines()] == seen
+    assert [line.split(" ", 3)[3] for line in captured.err.splitlines()] == seen
 
 
 @pytest.mark.usefixtures("_pipe")

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from nexus_ray import __version__
 from nexus_ray.cli.app import app, output
+from nexus_ray.cluster import stop_as_on_ctrl_c
 from nexus_ray.errors import NexusError
 
 # Importing a module registers its verbs; --help lists them in this order.
@@ -72,6 +73,7 @@ def run_command(arguments: list[str]) -> int:
     """Run one command line; return its exit code."""
     verbose = "--verbose" in arguments or "-v" in arguments
     errors = Console(stderr=True)
+    stop_as_on_ctrl_c()
     try:
         code = app(arguments, standalone_mode=False)
     except NexusError as error:

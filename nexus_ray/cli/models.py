@@ -48,6 +48,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write base and overlay as one Hugging Face directory, which loads after `import nexus_ray`."""
+    from nexus_ray.cli.done import say_done
     from nexus_ray.huggingface.export import describe, export
     from nexus_ray.layout import RunLayout
 
@@ -55,6 +56,7 @@ def export(
     chosen = place(overlay) if overlay else RunLayout(loaded.run.directory).overlay
     done = export(loaded.model.path, chosen, to, overwrite=overwrite, check=_merge_check if check else None)
     output.print(describe(done), highlight=False, soft_wrap=True)
+    say_done("export", {"export": to})
 
 
 @app.command(name="merge-check")

@@ -26,6 +26,7 @@ def run(
 
     Stages whose artefacts are complete are skipped; an interrupted stage continues.
     """
+    from nexus_ray.cli.done import artefacts_of, say_done
     from nexus_ray.evaluation.report import console_table
     from nexus_ray.layout import RunLayout
     from nexus_ray.pipeline import run_pipeline
@@ -36,7 +37,16 @@ def run(
     layout = RunLayout(loaded.run.directory)
     if last in (None, STAGES[-1]):
         output.print(console_table(read_json(layout.report, what="report", hint="run `nexus-ray evaluate CONFIG`")))
-        output.print(f"report: {layout.report.with_suffix('.md')}", soft_wrap=True)
+    say_done("run", artefacts_of(layout, last or STAGES[-1]))
+
+
+def _run_stage(config: Config, name: str, force: bool) -> None:
+    from nexus_ray.cli.done import artefacts_of, say_done
+    from nexus_ray.layout import RunLayout
+    from nexus_ray.pipeline import run_single_stage
+
+    run_single_stage(config, name, force=force)
+    say_done(name, artefacts_of(RunLayout(config.run.directory), name))
 
 
 def _stage_command(name: str, text: str) -> None:
@@ -50,9 +60,7 @@ def _stage_command(name: str, text: str) -> None:
         verbose: Verbose = False,
         quiet: Quiet = False,
     ) -> None:
-        from nexus_ray.pipeline import run_single_stage
-
-        run_single_stage(load(config, overrides, verbose, quiet, Config, strict).config, name, force=force)
+        _run_stage(load(config, overrides, verbose, quiet, Config, strict).config, name, force)
 
     command.__doc__ = text
     app.command(name=name)(command)
@@ -84,9 +92,7 @@ def convert(
 
         output.print(plan_table(plan_conversion(loaded, RunLayout(loaded.run.directory))))
     else:
-        from nexus_ray.pipeline import run_single_stage
-
-        run_single_stage(loaded, "convert", force=force)
+        _run_stage(loaded, "convert", force)
 
 
 _stage_command("precompute", "Pack the training text and store the teacher's targets (targets/).")
@@ -103,7 +109,7 @@ def pretrain(
     quiet: Quiet = False,
 ) -> None:
     """Train a small MoE from scratch on text and export it with MXFP4 experts (see configs/pretrain-tiny.yaml)."""
+    from nexus_ray.cli.done import say_done
     from nexus_ray.pretraining.run import pretrain as start
 
-    path = start(load(config, overrides, verbose, quiet, PretrainRun, strict).config)
-    output.print(f"model: {path}", soft_wrap=True)
+    say_done("pretrain", {"model": start(load(config, overrides, verbose, quiet, PretrainRun, strict).config)})

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nexus_ray import worker_log
 from nexus_ray.errors import ArtefactError, NexusError, StorageError
 from nexus_ray.memory import used_bytes
 from nexus_ray.storage import place_of
@@ -106,6 +107,7 @@ class _Loop:
 
     def run(self) -> None:
         """All steps that are left."""
+        worker_log.ready()
         while self.progress.step < self.settings.steps and not self.progress.ended:
             self._step(self.progress.step)
         if self.points is not None:
@@ -160,6 +162,9 @@ class _Loop:
             self.saved_for_leaving = True
             self.say("preemption")
             self._checkpoint(wait=True)
+        elif self.is_first and trainer.is_checkpoint_wanted():
+            self._checkpoint(wait=True)
+            trainer.checkpoint_is_written()
         record = self._optimise(step, started)
         self.progress.step = step + 1
         if record is not None:

@@ -1,4 +1,5 @@
-"""What the workers of a training tell its driver: records as they are written, and the error that ends it.
+"""What the workers of a training and its driver tell each other: records as they are written, the error that ends it,
+and the driver's wish for a checkpoint before it stops.
 
 They go through an actor beside the driver, and through no file: they arrive at once, whatever the storage of the run
 does, also when it is what fails.
@@ -26,6 +27,7 @@ class Box:
     def __init__(self) -> None:
         self._records: deque[Record] = deque(maxlen=_WAITING)
         self._error: Mapping[str, str | None] | None = None
+        self._wanted = False
 
     def add(self, record: Record) -> None:
         """Keep a record."""
@@ -44,6 +46,14 @@ class Box:
     def error(self) -> Mapping[str, str | None] | None:
         """The error, if there is one."""
         return self._error
+
+    def want_checkpoint(self, wanted: bool) -> None:
+        """The driver wants one now; or it has been written, or comes too late."""
+        self._wanted = wanted
+
+    def is_wanted(self) -> bool:
+        """Whether a checkpoint is wanted."""
+        return self._wanted
 
 
 class Messages:
@@ -90,6 +100,21 @@ class Messages:
             found = ray.get(self._box.error.remote(), timeout=_DELIVERY_SECONDS)
             return error_from_record(found) if found else None
         return None
+
+    def want_checkpoint(self, wanted: bool) -> None:
+        """Ask for a checkpoint, or take that back: it is written, or too late."""
+        import ray
+
+        with suppress(ray.exceptions.RayError):
+            ray.get(self._box.want_checkpoint.remote(wanted), timeout=_DELIVERY_SECONDS)
+
+    def is_checkpoint_wanted(self) -> bool:
+        """Whether one was asked for and not written yet; no when the actor cannot be reached."""
+        import ray
+
+        with suppress(ray.exceptions.RayError):
+            return bool(ray.get(self._box.is_wanted.remote(), timeout=_DELIVERY_SECONDS))
+        return False
 
     def new_records(self) -> list[Record]:
         """Records since the last call; none when the actor cannot be reached."""

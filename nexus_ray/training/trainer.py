@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -18,12 +19,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nexus_ray.cluster import actor_options, ensure_ray
+from nexus_ray import worker_log
+from nexus_ray.cluster import actor_options, begin_as_worker, ensure_ray, needs
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError
+from nexus_ray.heartbeat import doing
 from nexus_ray.storage import Place, cache_root, digest, is_remote, make_directory
 from nexus_ray.training.messages import Messages
+from nexus_ray.training.stopping import checkpoint_before_stopping
 from nexus_ray.training.watching.follow import following
+from nexus_ray.versions import driver_versions
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +73,13 @@ def run_distributed(
         ),
     )
     try:
-        with following(messages.new_records, steps, "train"), _ctrl_c_ours_again():
+        worker_log.expect_workers()
+        with (
+            following(messages.new_records, steps, "train"),
+            doing(lambda: worker_log.what_workers_do(needs(resources))),
+            _ctrl_c_ours_again(),
+            checkpoint_before_stopping(messages),
+        ):
             trainer.fit()
     except SystemExit as error:  # how Ray Train answers Ctrl-C, after stopping its workers
         raise KeyboardInterrupt from error
@@ -104,16 +115,20 @@ def _state_directory(directory: Place) -> Path:
 
 
 _messages: Messages | None = None  # of a worker
+_asked = 0.0  # when it last asked the driver
+_ASK_EVERY_SECONDS = 1.0
 
 
 def _guarded(loop: Callable[[dict[str, Any]], None], messages: Messages) -> Callable[[dict[str, Any]], None]:
     """`loop`, leaving an error that a user can cause for the driver, and not trying again after one."""
+    driver = driver_versions()
 
     def run(arguments: dict[str, Any]) -> None:
         if (failure := messages.failure()) is not None:
             raise failure
         _tell_through(messages)
         try:
+            begin_as_worker("train", driver)
             loop(arguments)
         except NexusError as error:
             messages.fail(error)
@@ -134,6 +149,21 @@ def tell_driver(record: Mapping[str, Any]) -> None:
     """Let the driver see a record of this worker; outside a worker nobody does."""
     if _messages is not None:
         _messages.tell(record)
+
+
+def is_checkpoint_wanted() -> bool:
+    """Whether the driver is told to stop and waits for a checkpoint; asks it once a second at most."""
+    global _asked
+    if _messages is None or time.monotonic() - _asked < _ASK_EVERY_SECONDS:
+        return False
+    _asked = time.monotonic()
+    return _messages.is_checkpoint_wanted()
+
+
+def checkpoint_is_written() -> None:
+    """Tell the driver that it need not wait any more."""
+    if _messages is not None:
+        _messages.want_checkpoint(False)
 
 
 def _workers(resources: ResourcesSection) -> int | tuple[int, int]:

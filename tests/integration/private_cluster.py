@@ -1,0 +1,128 @@
+"""A Ray cluster of a test's own, with the dashboard that jobs are submitted to, and jobs on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from killed_commands import PATIENCE_SECONDS, kill_with_everything_it_started
+
+ROOT = Path(__file__).parents[2]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [held.getsockname()[1] for held in sockets]
+    for held in sockets:
+        held.close()
+    return ports
+
+
+def wait_until(met: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:
+    """What `met` returns once it is true."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := met():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"in vain: {what}")
+
+
+class PrivateCluster:
+    """One node that is head and worker; `with` starts it, and kills it with everything on it."""
+
+    def __init__(self) -> None:
+        self.directory = tempfile.mkdtemp(prefix="nr", dir="/tmp")  # Ray's sockets need short paths
+        gcs, dashboard, agent = free_ports(3)
+        self.url = f"http://127.0.0.1:{dashboard}"
+        removed = ("RAY_ADDRESS", "PYTHONPATH")  # workers must find the code by themselves
+        self.environment = {name: value for name, value in os.environ.items() if name not in removed}
+        self.environment |= {"RAY_AUTH_MODE": "disabled", "RAY_API_SERVER_ADDRESS": self.url}
+        self.command = [*RAY, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
+        self.command += [f"--dashboard-agent-listen-port={agent}", "--num-cpus=4", f"--temp-dir={self.directory}"]
+        self.command += ["--disable-usage-stats", "--object-store-memory=200000000"]
+
+    def __enter__(self) -> PrivateCluster:
+        self.process = subprocess.Popen(
+            self.command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_until(lambda: self._answers("/api/jobs/"), "the dashboard answers")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        kill_with_everything_it_started(self.process)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def submit(self, script: str, *arguments: object) -> str:
+        """`ray job submit`, of this repository; the job's id."""
+        job = f"{script}-{time.monotonic_ns()}"
+        options = ["--no-wait", f"--submission-id={job}", "--working-dir=.", "--runtime-env=deploy/runtime_env.yaml"]
+        self._ray("submit", *options, "--", "python", f"jobs/{script}.py", *map(str, arguments))
+        return job
+
+    def stop(self, job: str) -> None:
+        """`ray job stop`; returns when the job has stopped."""
+        self._ray("stop", job)
+
+    def stop_at_once(self, job: str) -> None:
+        """The same, without the seconds that the command takes to start and without waiting."""
+        request = urllib.request.Request(f"{self.url}/api/jobs/{job}/stop", data=b"", method="POST")
+        urllib.request.urlopen(request, timeout=PATIENCE_SECONDS).close()
+
+    def status(self, job: str) -> str:
+        return str(self._get(f"/api/jobs/{job}")["status"])
+
+    def message(self, job: str) -> str:
+        return str(self._get(f"/api/jobs/{job}")["message"])
+
+    def log(self, job: str) -> list[str]:
+        return str(self._get(f"/api/jobs/{job}/logs")["logs"]).splitlines()
+
+    def wait_for_end(self, job: str) -> str:
+        """The status it ends with."""
+        return wait_until(
+            lambda: status if (status := self.status(job)) in ("SUCCEEDED", "FAILED", "STOPPED") else None, "an end"
+        )
+
+    def processes(self, *titles: str) -> list[psutil.Process]:
+        """Processes of the cluster whose command line has one of these words; Ray writes what a worker runs there."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if any(title in part for part in process.cmdline() for title in titles):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def _ray(self, *arguments: str) -> None:
+        command = [*RAY, "job", *arguments]
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def _get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=PATIENCE_SECONDS) as answer:
+            return json.load(answer)
+
+    def _answers(self, path: str) -> bool:
+        assert self.process.poll() is None, "the cluster did not start"
+        try:
+            self._get(path)
+        except (urllib.error.URLError, OSError):
+            return False
+        return True
