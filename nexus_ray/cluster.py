@@ -17,6 +17,9 @@ from typing import Any
 from nexus_ray.config import ResourcesSection
 from nexus_ray.console import progress
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
+from nexus_ray.observing.command import record_signal
+from nexus_ray.observing.links import tell_ray
+from nexus_ray.observing.pools import PoolWatch, WatchedWorker
 
 logger = logging.getLogger(__name__)
 _RETRIES = 3  # of a piece of work whose worker died
@@ -39,12 +42,13 @@ def ensure_ray() -> None:
         "log_to_driver": logger.isEnabledFor(logging.DEBUG),
     }
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **quiet)
+        context = ray.init(address="auto", **quiet)
     else:
         logger.info("starting Ray on this machine")
         # "local": without it Ray would join whatever cluster was last started on this machine.
-        ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        context = ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **quiet)
     _stop_as_on_ctrl_c()
+    tell_ray(context)
 
 
 def _stop_as_on_ctrl_c() -> None:
@@ -53,8 +57,9 @@ def _stop_as_on_ctrl_c() -> None:
         signal.signal(signal.SIGTERM, _stop)
 
 
-def _stop(*_: object) -> None:
+def _stop(number: int, *_: object) -> None:
     """Do what Ctrl-C does, also where it is ignored: shell scripts start what they end with `&` like that."""
+    record_signal(number)
     if callable(signal.getsignal(signal.SIGINT)):
         signal.raise_signal(signal.SIGINT)
     else:
@@ -101,20 +106,23 @@ def map_over_pool(
         max_size=most,
         max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT,
     )
+    watch = PoolWatch(description, len(items))
+    guarded = {"worker": worker, "arguments": arguments}
     with warnings.catch_warnings():
         # Ray has no parameter of its own for retries yet; pyproject.toml keeps it below 2.64, where this way ends.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         results = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
-            _Guarded,  # type: ignore[arg-type]
-            fn_constructor_kwargs={"worker": worker, "arguments": arguments},
+            WatchedWorker,  # type: ignore[arg-type]
+            fn_constructor_kwargs={"make": _Guarded, "arguments": guarded, "labels": watch.labels},
             compute=pool,
             max_task_retries=_RETRIES,
             **actor_options(resources),
         )
     unit, total = amount or ("", len(items))
     forecast = Forecast(total)
-    with progress(description, total, unit, about=bool(expected)) as advance:
+    with watch, progress(description, total, unit, about=bool(expected)) as advance:
         for row in _surviving(results.iter_rows(), description):
+            watch.take(row)
             if row.get("error"):
                 raise error_from_record(row)
             steps = int(row[unit]) if unit else 1

@@ -27,6 +27,7 @@ from nexus_ray.data.sources import describe_files
 from nexus_ray.data.vocabulary import tokenizer_files
 from nexus_ray.errors import ConfigError, NexusError
 from nexus_ray.layout import RunLayout
+from nexus_ray.observing import record, telling, telling_stage
 from nexus_ray.stages import BY_NAME
 from nexus_ray.storage import digest, make_directory, read_json, sha256_file, write_json
 
@@ -106,7 +107,7 @@ def run_pipeline(config: Config, first: str | None = None, last: str | None = No
     """
     names = _between(first, last)
     run = Run(config)
-    with locked(run.layout):
+    with telling(run.layout.directory, config), locked(run.layout):
         if first is None:
             _refuse_to_replace(run, names)
         for name in names:
@@ -117,6 +118,7 @@ def run_pipeline(config: Config, first: str | None = None, last: str | None = No
                 _run_stage(run, name, afresh=True, replaced=_of_other_settings(run, names))
             elif run.is_complete(name):
                 logger.info("%s: complete, skipped", name)
+                record("stage_skipped", stage=name, recipe=run.recipe(name))
             else:
                 _run_stage(run, name)
 
@@ -130,11 +132,12 @@ def run_single_stage(config: Config, name: str, *, force: bool = False) -> None:
         NexusError: it failed.
     """
     run = Run(config)
-    with locked(run.layout):
+    with telling(run.layout.directory, config), locked(run.layout):
         if not force:
             _refuse_to_replace(run, [name])
         if not force and run.is_complete(name):
             logger.info("%s: complete, skipped (--force does it again)", name)
+            record("stage_skipped", stage=name, recipe=run.recipe(name))
             return
         BY_NAME[name].ahead(config)
         _run_stage(run, name, afresh=force)
@@ -185,13 +188,17 @@ def _run_stage(run: Run, name: str, *, afresh: bool = False, replaced: Iterable[
         _record_path(run.layout, other).unlink(missing_ok=True)
         _started_path(run.layout, other).unlink(missing_ok=True)
     started, how = _started_path(run.layout, name), _how(run, name)
-    if not (started.exists() and _read(started)["recipe"] == recipe):
+    continued = started.exists() and _read(started)["recipe"] == recipe
+    if not continued:
         _remove(stage.state(run.layout))
         write_json(started, how)
     _record_path(run.layout, name).unlink(missing_ok=True)  # of outputs that are about to change
     logger.info("%s: started", name)
     begin = time.monotonic()
-    stage.run(run, recipe)
+    with telling_stage(name, recipe, continued=continued) as tally:
+        stage.run(run, recipe)
+        outputs = _sizes(run.layout, name)
+        tally.bytes = sum(size for size in outputs.values() if size > 0)
     seconds = round(time.monotonic() - begin, 2)
     record = {
         "stage": name,
@@ -199,7 +206,7 @@ def _run_stage(run: Run, name: str, *, afresh: bool = False, replaced: Iterable[
         "after": run.records_before(name),
         "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "seconds": seconds,
-        "outputs": _sizes(run.layout, name),
+        "outputs": outputs,
     }
     write_json(_record_path(run.layout, name), record)
     started.unlink()

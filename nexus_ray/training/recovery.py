@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from nexus_ray.errors import ArtefactError
+from nexus_ray.observing.trainings import watch_checkpoint
 from nexus_ray.storage import make_directory
 from nexus_ray.training.checkpointing import Snapshot, read_state, write_snapshot
 
@@ -53,7 +55,9 @@ class RecoveryPoints:
 
     def _write(self, snapshot: Snapshot) -> int:
         step = int(snapshot.state["step"])
-        write_snapshot(self.directory / f"step-{step:08d}", snapshot)
+        began, place = time.monotonic(), self.directory / f"step-{step:08d}"
+        write_snapshot(place, snapshot)
+        watch_checkpoint(time.monotonic() - began, sum(file.stat().st_size for file in place.iterdir()))
         found = list(_newest_first(self.directory))
         later = [path for number, path in found if number > step]  # damaged ones, or they would have been continued
         older = [path for number, path in found if number <= step][self.keep :]

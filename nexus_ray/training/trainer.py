@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from nexus_ray.cluster import actor_options, ensure_ray
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
+from nexus_ray.observing import Origin, origin, telling_from
+from nexus_ray.observing.links import tell_training
+from nexus_ray.observing.trainings import failure_callback
 from nexus_ray.storage import make_directory, read_json, write_json
 from nexus_ray.training.watching.follow import following
 
@@ -50,12 +53,13 @@ def run_distributed(
     """
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the configuration must keep working
     ensure_ray()
+    tell_training()
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     error_file = make_directory(directory) / "error.json"
     trainer = TorchTrainer(
-        _guarded(loop, error_file),
+        _guarded(loop, error_file, origin()),
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
             num_workers=_workers(resources),  # type: ignore[arg-type]  # Ray's annotation is of its first version
@@ -66,6 +70,7 @@ def run_distributed(
             name=directory.name,
             storage_path=str(directory.parent.resolve()),
             failure_config=FailureConfig(max_failures=resources.max_failures),
+            callbacks=[failure_callback(origin())],  # type: ignore[list-item]  # an annotation of the first version too
         ),
     )
     error_file.unlink(missing_ok=True)
@@ -93,14 +98,17 @@ def _ctrl_c_ours_again() -> Iterator[None]:
             signal.signal(signal.SIGINT, ours)
 
 
-def _guarded(loop: Callable[[dict[str, Any]], None], error_file: Path) -> Callable[[dict[str, Any]], None]:
+def _guarded(
+    loop: Callable[[dict[str, Any]], None], error_file: Path, told: Origin | None
+) -> Callable[[dict[str, Any]], None]:
     """`loop`, leaving an error that a user can cause where the driver finds it, and not trying again after one."""
 
     def run(arguments: dict[str, Any]) -> None:
         if error_file.exists():
             raise error_from_record(read_json(error_file, what="error record", hint="run again"))
         try:
-            loop(arguments)
+            with telling_from(told, "training worker"):
+                loop(arguments)
         except NexusError as error:
             with suppress(NexusError):  # on a full disk this one is the second to be told
                 write_json(error_file, error_to_record(error))
