@@ -105,10 +105,13 @@ def in_order(processes: Iterable[Sequence[Event]]) -> list[Event]:
 def _of_command(processes: Sequence[Sequence[Event]]) -> list[Event]:
     """The events of the process that ran a command and of its workers."""
     main = next((events for events in processes if "process" not in events[0]), ())
-    placed = []
+    placed: list[tuple[float, int, int, Event]] = []
     for number, events in enumerate(processes):
         start = 0.0 if events is main else _start(events, main)
-        placed += [(start + event["offset"], number, event["seq"], event) for event in events]
+        at = start
+        for event in sorted(events, key=lambda event: int(event["seq"])):
+            at = max(at, start + event["offset"])  # a signal may come between a number and the look at the clock
+            placed.append((at, number, event["seq"], event))
     return [event | {"moment": round(moment, 3)} for moment, _, _, event in sorted(placed, key=lambda item: item[:3])]
 
 

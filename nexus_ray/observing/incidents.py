@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -34,26 +35,28 @@ def incidents_of(events: Sequence[Event]) -> list[Incident]:
 
 
 def _incident(event: Event) -> Incident | None:
+    """What an event says, in words; another version may have left out what this one would tell."""
     moment = float(event["moment"] if "moment" in event else event["offset"])
+    get = defaultdict(lambda: "?", event)
     match event["event"]:
         case "warning":
-            return Incident(moment, "warning", str(event["message"]))
+            return Incident(moment, "warning", str(get["message"]))
         case "worker_restarted":
-            text = f"{event['pool']}: a worker died; {event['worker']} took its place, {event['left']} pieces left"
+            text = f"{get['pool']}: a worker died; {get['worker']} took its place, {get['left']} pieces left"
             return Incident(moment, "worker", text)
         case "workers_failed":
-            ranks = ", ".join(str(rank) for rank in event["ranks"])
-            return Incident(moment, "worker", f"training worker {ranks} failed: {event['error']}: {event['reason']}")
+            ranks = ", ".join(str(rank) for rank in event.get("ranks", ()))
+            return Incident(moment, "worker", f"training worker {ranks} failed: {get['error']}: {get['reason']}")
         case "resume":
-            return Incident(moment, "resumed", f"training goes on after step {event['step'] - 1}")
+            return Incident(moment, "resumed", f"training goes on from step {get['step']}")
         case "preemption":
             return Incident(moment, "worker", "a node is about to be taken away: a checkpoint is written at once")
         case "early_stop":
-            return Incident(moment, "note", f"training stopped early after step {event['step']}")
+            return Incident(moment, "note", f"training stopped early after step {get['step']}")
         case "stop_signal":
-            return Incident(moment, "signal", f"told to stop ({event['signal']})")
+            return Incident(moment, "signal", f"told to stop ({get['signal']})")
         case "stage_failed":
-            return Incident(moment, "failed", f"{event['stage']} failed: {event['message'] or event['error']}")
+            return Incident(moment, "failed", f"{get['stage']} failed: {event.get('message') or get['error']}")
         case _:
             return None
 

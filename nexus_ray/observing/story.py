@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -174,20 +174,22 @@ def _command(events: Sequence[Event], *, is_last: bool) -> CommandStory:
         config=first.get("config"),
         seconds=float(end["offset"] if end else max(_moment(event) for event in events)),
         state=_state(end, first, is_last),
-        exit_code=end["exit_code"] if end else None,
+        exit_code=end.get("exit_code") if end else None,
         message=str(end.get("message", "")) if end else "",
         job=str(ray.get("submission") or ray.get("job") or ""),
         dashboard=str(ray.get("dashboard", "")),
         incidents=incidents_of(events),
     )
+    if told.state == "running":
+        told.seconds = max(told.seconds, (datetime.now(UTC) - began_at(told)).total_seconds())
     told.stages = _stages(events, told)
-    told.skipped = [str(event["stage"]) for event in own if event["event"] == "stage_skipped"]
+    told.skipped = [str(event.get("stage", "?")) for event in own if event["event"] == "stage_skipped"]
     return told
 
 
 def _state(end: Event | None, first: Event, is_last: bool) -> str:
     if end is not None:
-        code = end["exit_code"]
+        code = end.get("exit_code")
         return "done" if code == 0 else "interrupted" if code == INTERRUPTED else "failed"
     return "running" if is_last and _runs_here(first) else "lost"
 
@@ -204,27 +206,37 @@ def _runs_here(first: Event) -> bool:
 
 def _stages(events: Sequence[Event], command: CommandStory) -> list[StageSpan]:
     spans: list[StageSpan] = []
-    tokens: dict[str, int] = {}  # of training, by process
+    trained: dict[str, int] = {}  # tokens of the present stage's training, by process
     for event in events:
-        kind, moment = event["event"], _moment(event)
+        kind = event["event"]
         if kind in ("stage_started", "stage_continued"):
-            tokens = {}
-            spans.append(StageSpan(event["stage"], event.get("recipe", ""), kind == "stage_continued", moment))
+            trained = {}
+            spans.append(_begin(event))
         elif spans and kind in _ENDS:
-            span = spans[-1]
-            span.state, span.seconds, span.bytes = _ENDS[kind], float(event["seconds"]), int(event.get("bytes", 0))
-            span.tokens = int(event.get("tokens", 0)) or sum(tokens.values())
-            span.reason = str(event.get("message", ""))
+            _end(spans[-1], event, sum(trained.values()))
         elif spans:
             spans[-1].restarts += {"worker_restarted": 1, "workers_failed": len(event.get("ranks", []))}.get(kind, 0)
             if "process" in event and "tokens" in event:
-                tokens[f"{event['host']}:{event['pid']}:{event['after']}"] = int(event["tokens"])
+                trained[f"{event.get('host')}:{event.get('pid')}:{event.get('after')}"] = int(event["tokens"])
             if kind == "checkpoint":
-                spans[-1].checkpoints.append(moment)
+                spans[-1].checkpoints.append(_moment(event))
     if spans and spans[-1].state == "lost":
         spans[-1].state = "running" if command.state == "running" else "lost"
-        spans[-1].seconds, spans[-1].tokens = command.seconds - spans[-1].began, sum(tokens.values())
+        spans[-1].seconds, spans[-1].tokens = command.seconds - spans[-1].began, sum(trained.values())
     return spans
+
+
+def _begin(event: Event) -> StageSpan:
+    continued = event["event"] == "stage_continued"
+    return StageSpan(str(event.get("stage", "?")), str(event.get("recipe", "")), continued, _moment(event))
+
+
+def _end(span: StageSpan, event: Event, trained: int) -> None:
+    span.state = _ENDS[event["event"]]
+    span.seconds = float(event.get("seconds", 0))
+    span.bytes = int(event.get("bytes", 0))
+    span.tokens = int(event.get("tokens", 0)) or trained
+    span.reason = str(event.get("message", ""))
 
 
 def _moment(event: Event) -> float:
