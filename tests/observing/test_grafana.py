@@ -79,7 +79,7 @@ def test_the_service_s_metrics_are_those_that_it_exports(dashboard: dict[str, An
 
 
 def test_ray_s_own_metrics_are_known_to_ray(dashboard: dict[str, Any]):
-    """Ray's own dashboards, which are installed with it, ask for the same names, or its agent on each node sets them."""
+    """Ray's own dashboards, which are installed with it, ask for these names, or its agent on each node sets them."""
     asked = {name for name in names(dashboard) if name.startswith("ray_") and not name.startswith("ray_nexus_ray")}
     known = {name for path in RAY_S_OWN.glob("*.py") for name in _METRIC.findall(path.read_text())}
     known |= {f"ray_{name}" for name in METRICS_GAUGES}

@@ -72,7 +72,8 @@ def test_a_metric_that_cannot_be_recorded_ends_nothing(recorded: dict[str, Recor
 
 
 def test_ray_is_not_even_imported_for_it():
-    program = "from nexus_ray.observing.metrics import put; put('nexus_ray_train_loss', 1); import sys; print('ray' in sys.modules)"
+    call = "from nexus_ray.observing.metrics import put; put('nexus_ray_train_loss', 1)"
+    program = f"{call}; import sys; print('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -140,8 +141,7 @@ def test_workers_that_failed_together_are_one_event_and_so_many_deaths(
 ):
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(trainings, "record", lambda event, **values: told.append({"event": event, **values}))
-    trainings.record_failures(
-        {1: RuntimeError("Traceback\nthe node is gone"), 0: RuntimeError("Traceback\nout of memory")}
-    )
+    failures = {1: RuntimeError("Traceback\nthe node is gone"), 0: RuntimeError("Traceback\nout of memory")}
+    trainings.record_failures(failures)
     assert told == [{"event": "workers_failed", "ranks": [0, 1], "error": "RuntimeError", "reason": "out of memory"}]
     assert recorded["nexus_ray_stage_worker_restarts"].values[-1][0] == 2
