@@ -59,7 +59,7 @@ def plot_story(story: Story, path: Path) -> None:
         _draw_command(axes, command, start / unit, unit, rows, whole / unit)
     _draw_gaps(axes, story, starts, unit, whole)
     axes.set_yticks(range(len(rows)), rows)
-    axes.set_ylim(len(rows) - 0.45, -1.05)
+    axes.set_ylim(len(rows) - 0.45, -1.05 if len(story.commands) > 1 else -0.65)
     axes.set_xlim(-0.01 * whole / unit, 1.01 * whole / unit)
     axes.grid(visible=False, axis="y")
     _legend(figure, axes, story)
@@ -94,6 +94,8 @@ def _draw_command(
         axes.plot(ticks, [rows.index(span.stage) + 0.38] * len(ticks), "|", color=look.INK, markersize=5)
     for kind, (marker, colour, _) in _SIGNS.items():
         mine = [incident for incident in command.incidents if incident.kind == kind]
+        if not mine:
+            continue  # an empty line would stretch the layout to the corner of the figure
         at = [start + incident.moment / unit for incident in mine]
         heights = [rows.index(_row_of(incident, command)) - 0.38 for incident in mine]
         axes.plot(at, heights, marker, color=colour, markersize=7, markeredgecolor="white", zorder=5, clip_on=False)
@@ -129,8 +131,8 @@ def _draw_gaps(axes: Any, story: Story, starts: Sequence[float], unit: float, wh
     """Shade what lies between commands, and number these at the top."""
     top = {"transform": axes.get_xaxis_transform(), "va": "top", "fontsize": 8.5, "color": look.INK}
     for number, (command, start) in enumerate(zip(story.commands, starts, strict=True), start=1):
-        label = f"{number}" if len(story.commands) > 1 else ""
-        axes.text((start + command.seconds / 2) / unit, 0.985, label, ha="center", fontweight="bold", **top)
+        if len(story.commands) > 1:
+            axes.text((start + command.seconds / 2) / unit, 0.985, str(number), ha="center", fontweight="bold", **top)
     for seconds, start in zip(idle_before(story.commands), starts[1:], strict=True):
         left = (start - _GAP * story.seconds) / unit
         axes.axvspan(left, start / unit, color=look.PALE, zorder=0, linewidth=0)

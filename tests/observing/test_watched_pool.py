@@ -20,17 +20,20 @@ from nexus_ray.observing.story import read_story
 _PATIENCE_SECONDS = 120  # agents export every few seconds, a busy machine later
 
 
-class Counting:
-    """Dies once, at piece 3."""
+def make_worker() -> type:
+    """A worker that dies once, at piece 3; made here so that it travels to other processes whole, not by name."""
 
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
+    class Counting:
+        def __init__(self, marker: Path) -> None:
+            self.marker = marker
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        if row["index"] == 3 and not self.marker.exists():
-            self.marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return {"index": row["index"], "tokens": 10, "bytes": 7}
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            if row["index"] == 3 and not self.marker.exists():
+                self.marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return {"index": row["index"], "tokens": 10, "bytes": 7}
+
+    return Counting
 
 
 def scrape() -> dict[tuple[str, str], float]:
@@ -57,7 +60,7 @@ def test_a_death_is_told_and_tokens_bytes_and_restarts_are_exported(tmp_path: Pa
     items = [{"index": index, "source": "play" if index < 4 else "prose"} for index in range(6)]
     arguments = {"marker": tmp_path / "died"}
     with telling(directory), telling_stage("collect") as tally:
-        rows = list(map_over_pool(Counting, arguments, items, resources, "count", ("tokens", 60)))
+        rows = list(map_over_pool(make_worker(), arguments, items, resources, "count", ("tokens", 60)))
     assert sorted(row["index"] for row in rows) == list(range(6))
     assert {key for row in rows for key in row} == {"index", "tokens", "bytes"}, "nothing of ours is left in a result"
     assert (tally.tokens, tally.restarts, tally.shards_bytes) == (60, 1, 42)
@@ -69,13 +72,14 @@ def test_a_death_is_told_and_tokens_bytes_and_restarts_are_exported(tmp_path: Pa
 
 def _wait_for_metrics() -> None:
     """What workers counted before the death may be lost with them; what came after it is not."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
     wanted = ("stage_tokens_total", "stage_written_bytes_total", "stage_worker_restarts_total", "stage_queue_items")
     keys = {(f"ray_nexus_ray_{name}", "collect") for name in wanted}
-    while not keys <= scrape().keys() and time.monotonic() < deadline:
+    queue = ("ray_nexus_ray_stage_queue_items", "collect")
+    deadline, found = time.monotonic() + _PATIENCE_SECONDS, scrape()
+    while not (keys <= found.keys() and found[queue] == 0) and time.monotonic() < deadline:
         time.sleep(2)
-    found = scrape()
+        found = scrape()
     assert keys <= found.keys()
+    assert found[queue] == 0
     assert 0 < found["ray_nexus_ray_stage_tokens_total", "collect"] <= 60
     assert found["ray_nexus_ray_stage_worker_restarts_total", "collect"] == 1
-    assert found["ray_nexus_ray_stage_queue_items", "collect"] == 0
