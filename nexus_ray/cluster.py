@@ -19,6 +19,9 @@ from nexus_ray.config import ResourcesSection
 from nexus_ray.console import progress
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
 from nexus_ray.heartbeat import doing
+from nexus_ray.observing.command import record_signal
+from nexus_ray.observing.links import tell_ray
+from nexus_ray.observing.pools import PoolWatch, WatchedWorker
 from nexus_ray.versions import driver_versions, require_same
 
 logger = logging.getLogger(__name__)
@@ -40,16 +43,17 @@ def ensure_ray() -> None:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        _connect(address, quiet)
+        context = _connect(address, quiet)
     else:
         logger.info("starting Ray on this machine")
         # "local": without it Ray would join whatever cluster was last started on this machine.
-        ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        context = ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **quiet)
     worker_log.listen(everything=logger.isEnabledFor(logging.DEBUG))
     stop_as_on_ctrl_c()
+    tell_ray(context)
 
 
-def _connect(address: str, options: dict[str, Any]) -> None:
+def _connect(address: str, options: dict[str, Any]) -> Any:
     """Join a cluster that runs already.
 
     Raises:
@@ -58,7 +62,7 @@ def _connect(address: str, options: dict[str, Any]) -> None:
     import ray
 
     try:
-        ray.init(address="auto", **options)
+        return ray.init(address="auto", **options)
     except ConnectionError as error:
         raise NexusError(
             f"no Ray cluster answers at RAY_ADDRESS={address}",
@@ -80,8 +84,9 @@ def stop_as_on_ctrl_c() -> None:
         signal.signal(signal.SIGTERM, stop)
 
 
-def stop(*_: object) -> None:
+def stop(number: int = signal.SIGINT, *_: object) -> None:
     """Do what Ctrl-C does, also where it is ignored: shell scripts start what they end with `&` like that."""
+    record_signal(number)
     if callable(signal.getsignal(signal.SIGINT)):
         signal.raise_signal(signal.SIGINT)
     else:
@@ -153,17 +158,14 @@ def map_over_pool(
         max_size=most,
         max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT,
     )
+    watch = PoolWatch(description, len(items))
+    guarded = {"worker": worker, "arguments": arguments, "stage": description, "driver": driver_versions()}
     with warnings.catch_warnings():
         # Ray has no parameter of its own for retries yet; pyproject.toml keeps it below 2.64, where this way ends.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         results = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
-            _Guarded,  # type: ignore[arg-type]
-            fn_constructor_kwargs={
-                "worker": worker,
-                "arguments": arguments,
-                "stage": description,
-                "driver": driver_versions(),
-            },
+            WatchedWorker,  # type: ignore[arg-type]
+            fn_constructor_kwargs={"make": _Guarded, "arguments": guarded, "labels": watch.labels},
             compute=pool,
             max_task_retries=_RETRIES,
             **actor_options(resources),
@@ -172,10 +174,12 @@ def map_over_pool(
     forecast = Forecast(total)
     worker_log.expect_workers()
     with (
+        watch,
         progress(description, total, unit, about=bool(expected)) as advance,
         doing(lambda: worker_log.what_workers_do(needs(resources))),
     ):
         for row in _surviving(results.iter_rows(), description):
+            watch.take(row)
             if row.get("error"):
                 raise error_from_record(row)
             steps = int(row[unit]) if unit else 1

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
@@ -24,6 +23,7 @@ from nexus_ray.data.sources import describe_files
 from nexus_ray.data.vocabulary import tokenizer_files
 from nexus_ray.errors import ConfigError
 from nexus_ray.layout import RunLayout
+from nexus_ray.observing import record, telling, telling_stage
 from nexus_ray.run_lock import RunLock, locked
 from nexus_ray.stages import BY_NAME
 from nexus_ray.storage import (
@@ -116,7 +116,7 @@ def run_pipeline(config: Config, first: str | None = None, last: str | None = No
     """
     names = _between(first, last)
     run = Run(config)
-    with locked(run.layout) as lock:
+    with telling(run.layout.directory, config), locked(run.layout) as lock:
         if first is None:
             _refuse_to_replace(run, names)
         for name in names:
@@ -127,6 +127,7 @@ def run_pipeline(config: Config, first: str | None = None, last: str | None = No
                 _run_stage(run, name, lock, afresh=True, replaced=_of_other_settings(run, names))
             elif run.is_complete(name):
                 logger.info("%s: complete, skipped", name)
+                record("stage_skipped", stage=name, recipe=run.recipe(name))
             else:
                 _run_stage(run, name, lock)
 
@@ -140,11 +141,12 @@ def run_single_stage(config: Config, name: str, *, force: bool = False) -> None:
         NexusError: it failed.
     """
     run = Run(config)
-    with locked(run.layout) as lock:
+    with telling(run.layout.directory, config), locked(run.layout) as lock:
         if not force:
             _refuse_to_replace(run, [name])
         if not force and run.is_complete(name):
             logger.info("%s: complete, skipped (--force does it again)", name)
+            record("stage_skipped", stage=name, recipe=run.recipe(name))
             return
         BY_NAME[name].ahead(config)
         _run_stage(run, name, lock, afresh=force)
@@ -177,14 +179,18 @@ def _run_stage(run: Run, name: str, lock: RunLock, *, afresh: bool = False, repl
     for marker in [marker for other in replaced for marker in _markers(run.layout, other)]:
         remove(marker)
     started, how = _started_path(run.layout, name), _how(run, name)
-    if not (exists(started) and _read(started)["recipe"] == recipe):
+    continued = exists(started) and _read(started)["recipe"] == recipe
+    if not continued:
         for place in stage.state(run.layout):
             remove(place)
         write_json(started, how)
     remove(_record_path(run.layout, name))  # of outputs that are about to change
     logger.info("%s: started", name)
     begin = time.monotonic()
-    stage.run(run, recipe)
+    with telling_stage(name, recipe, continued=continued) as tally:
+        stage.run(run, recipe)
+        outputs = _sizes(run.layout, name)
+        tally.bytes = sum(size for size in outputs.values() if size > 0)
     seconds = round(time.monotonic() - begin, 2)
     record = {
         "stage": name,
@@ -192,7 +198,7 @@ def _run_stage(run: Run, name: str, lock: RunLock, *, afresh: bool = False, repl
         "after": run.records_before(name),
         "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "seconds": seconds,
-        "outputs": _sizes(run.layout, name),
+        "outputs": outputs,
     }
     lock.check()
     write_json(_record_path(run.layout, name), record)

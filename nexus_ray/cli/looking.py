@@ -21,7 +21,8 @@ from nexus_ray.cli.app import (
 )
 from nexus_ray.config import Config, describe_field, flatten
 from nexus_ray.console import setup_logging
-from nexus_ray.storage import exists, is_remote, local_directory
+from nexus_ray.errors import ConfigError
+from nexus_ray.storage import Place, exists, is_remote, local_directory, place_of
 
 
 @app.command()
@@ -121,3 +122,35 @@ def plot(
     else:
         compare_runs(records, to, metrics=metric or (), smoothing=smoothing)
     output.print(f"written: {to}", soft_wrap=True)
+
+
+@app.command()
+def story(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="run directory, e.g. runs/demo; local path or URI")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, times in seconds")] = False,
+    to: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="draw the timeline: .png or .svg")] = None,
+) -> None:
+    """Tell what happened in a run: every command, its stages, what failed, what died, and how it went on."""
+    from nexus_ray.observing.story import read_story
+    from nexus_ray.observing.story_text import show_story
+
+    setup_logging()
+    found = read_story(_place(run))
+    if to is not None:
+        from nexus_ray.plots import plot_story
+
+        plot_story(found, to)
+    if as_json:
+        output.print_json(data=found.as_dict())
+        return
+    for part in show_story(found):
+        output.print(part, highlight=False, soft_wrap=True)
+    if to is not None:
+        output.print(f"written: {to}", soft_wrap=True)
+
+
+def _place(text: str) -> Place:
+    try:
+        return place_of(text)
+    except ValueError as error:
+        raise ConfigError(str(error), "name a directory, or a URI that can be opened here") from error

@@ -26,11 +26,12 @@ def drift(
     """Compare the routers of base and student on the calibration text (router_drift.json)."""
     from nexus_ray.evaluation.calibration_drift import drift_table, measure_drift
     from nexus_ray.layout import RunLayout
+    from nexus_ray.observing import telling, telling_stage
     from nexus_ray.run_lock import locked
 
     loaded = load(config, overrides, verbose, quiet, Config).config
     layout = RunLayout(loaded.run.directory)
-    with locked(layout):
+    with telling(layout.directory, loaded), locked(layout), telling_stage("drift"):
         output.print(drift_table(measure_drift(loaded, layout, place(overlay) if overlay else None)))
 
 

@@ -103,6 +103,7 @@ def _as_row(shard: int, losses: PairedLosses, routers: PairedRouters) -> dict[st
     drift = routers.drift
     return {
         "shard": shard,
+        "tokens": int(losses.targets.sum()),
         "base_nats": losses.base_nats.tolist(),
         "student_nats": losses.student_nats.tolist(),
         "targets": losses.targets.tolist(),

@@ -17,6 +17,7 @@ from nexus_ray.errors import ConfigError, ModelError
 from nexus_ray.evaluation.perplexity import bits_per_byte, sequence_nats, target_bytes, token_perplexity
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import load_base
+from nexus_ray.observing import telling, telling_stage
 from nexus_ray.pipeline import differing_settings
 from nexus_ray.pretraining.model import build_config, new_model
 from nexus_ray.pretraining.task import pretrain_worker
@@ -60,7 +61,7 @@ def pretrain(run: PretrainRun) -> Path:
         )
     check_optimiser(run.pretrain.optimiser)
     layout = RunLayout(run.run.directory)
-    with locked(layout):
+    with telling(layout.directory, run), locked(layout), telling_stage("pretrain"):
         _refuse_other_settings(run, layout)
         precompute(job_of_text(run.data, run.pretrain.tokenizer), layout.targets, run.resources)
         trainer.run_distributed(

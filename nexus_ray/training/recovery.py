@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -18,6 +19,7 @@ from typing import TypeVar
 from upath import UPath
 
 from nexus_ray.errors import ArtefactError
+from nexus_ray.observing.trainings import watch_checkpoint
 from nexus_ray.storage import Place, is_remote, make_directory, read_bytes, remove, write_json
 from nexus_ray.storage.objects import listed
 from nexus_ray.storage.published import is_published
@@ -99,7 +101,9 @@ class RecoveryPoints:
     def _write(self, snapshot: Snapshot, before: Callable[[], None]) -> int:
         step = int(snapshot.state["step"])
         before()
+        began = time.monotonic()
         write_snapshot(_place(self.directory, step), snapshot)
+        watch_checkpoint(time.monotonic() - began, sum(tensor.nbytes for tensor in snapshot.tensors.values()))
         self._kept.append(step)
         known = {*_steps(self.directory), step}
         # Later ones are damaged, or they would have been continued.

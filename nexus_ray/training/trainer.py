@@ -24,6 +24,9 @@ from nexus_ray.cluster import actor_options, begin_as_worker, ensure_ray, needs
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError
 from nexus_ray.heartbeat import doing
+from nexus_ray.observing import Origin, origin, telling_from
+from nexus_ray.observing.links import tell_training
+from nexus_ray.observing.trainings import failure_callback
 from nexus_ray.storage import Place, cache_root, digest, is_remote, make_directory
 from nexus_ray.training.messages import Messages
 from nexus_ray.training.stopping import checkpoint_before_stopping
@@ -54,12 +57,13 @@ def run_distributed(
     """
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the configuration must keep working
     ensure_ray()
+    tell_training()
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     messages, state = Messages.open(), _state_directory(directory)
     trainer = TorchTrainer(
-        _guarded(loop, messages),
+        _guarded(loop, messages, origin()),
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
             num_workers=_workers(resources),  # type: ignore[arg-type]  # Ray's annotation is of its first version
@@ -70,6 +74,7 @@ def run_distributed(
             name=state.name,
             storage_path=str(state.parent.resolve()),
             failure_config=FailureConfig(max_failures=resources.max_failures),
+            callbacks=[failure_callback(origin())],  # type: ignore[list-item]  # an annotation of the first version too
         ),
     )
     try:
@@ -119,7 +124,9 @@ _asked = 0.0  # when it last asked the driver
 _ASK_EVERY_SECONDS = 1.0
 
 
-def _guarded(loop: Callable[[dict[str, Any]], None], messages: Messages) -> Callable[[dict[str, Any]], None]:
+def _guarded(
+    loop: Callable[[dict[str, Any]], None], messages: Messages, told: Origin | None
+) -> Callable[[dict[str, Any]], None]:
     """`loop`, leaving an error that a user can cause for the driver, and not trying again after one."""
     driver = driver_versions()
 
@@ -129,7 +136,8 @@ def _guarded(loop: Callable[[dict[str, Any]], None], messages: Messages) -> Call
         _tell_through(messages)
         try:
             begin_as_worker("train", driver)
-            loop(arguments)
+            with telling_from(told, "training worker"):
+                loop(arguments)
         except NexusError as error:
             messages.fail(error)
             raise

@@ -14,6 +14,7 @@ from nexus_ray.checkpoints.overlay import load_overlay_config
 from nexus_ray.config import STAGES, Config
 from nexus_ray.errors import ArtefactError, ConfigError, NexusError
 from nexus_ray.layout import RunLayout
+from nexus_ray.observing.story import read_story
 from nexus_ray.pipeline import Run, locked, run_pipeline, run_single_stage
 from nexus_ray.storage import sha256_file
 from nexus_ray.training.watching.metrics import read_metrics
@@ -37,9 +38,12 @@ def _hashes(directory: Path) -> dict[str, str]:
 
 
 def _outputs(config: Config) -> dict[str, str]:
-    """Hashes of all that a run has made, by path."""
+    """Hashes of all that a run has made, its story aside, by path."""
     files = sorted(file for file in config.run.directory.rglob("*") if file.is_file())
-    return {str(file): sha256_file(file) for file in files if file.name not in ("config.yaml", ".lock")}
+    left_out = ("config.yaml", ".lock", "events.jsonl")
+    return {
+        str(file): sha256_file(file) for file in files if file.name not in left_out and file.parent.name != "events"
+    }
 
 
 def test_report_holds_both_models_on_every_source(finished: Config) -> None:
@@ -50,6 +54,14 @@ def test_report_holds_both_models_on_every_source(finished: Config) -> None:
     layout = RunLayout(finished.run.directory)
     assert "play" in layout.report.with_suffix(".md").read_text()
     assert {file.name for file in layout.plots.glob("*.png")} >= {"training.png", "perplexity.png"}
+
+
+def test_the_run_tells_what_each_stage_did(finished: Config) -> None:
+    told = read_story(finished.run.directory).commands[0]
+    assert [(span.stage, span.state) for span in told.stages] == [(name, "done") for name in STAGES]
+    assert {span.stage for span in told.stages if span.tokens} == {"collect", "precompute", "train", "evaluate"}
+    assert all(span.bytes for span in told.stages)
+    assert len(told.stages[4].checkpoints) == finished.train.steps // finished.train.checkpoint_every
 
 
 def test_training_changed_the_overlay_and_nothing_else(finished: Config) -> None:
@@ -75,7 +87,8 @@ def test_second_run_skips_everything(finished: Config, caplog: pytest.LogCapture
     run_pipeline(finished)
     after = {file: file.stat().st_mtime_ns for file in before}
     changed = {file.name for file in before if before[file] != after[file]}
-    assert changed <= {"config.yaml", ".lock"}
+    assert changed <= {"config.yaml", ".lock", "events.jsonl"}
+    assert read_story(layout.directory).commands[-1].skipped == list(STAGES)
 
 
 def test_changed_setting_redoes_only_what_depends_on_it(finished: Config) -> None:
@@ -222,6 +235,14 @@ def test_stopped_training_continues_to_the_same_overlay(
     assert sha256_file(layout.overlay / "overlay.safetensors") == sha256_file(
         undisturbed.overlay / "overlay.safetensors"
     )
+    _, failed, done = read_story(layout.directory).commands
+    assert [(span.stage, span.state, span.continued) for span in (*failed.stages, *done.stages)] == [
+        ("train", "failed", False),
+        ("train", "done", True),
+    ]
+    assert any("the worker dies here" in incident.text for incident in failed.incidents if incident.kind == "worker")
+    assert any(incident.text == "training goes on from step 5" for incident in done.incidents)
+    assert done.stages[0].tokens > 0
 
 
 def _crashing_loop(marker: str) -> Callable[[dict], None]:

@@ -155,7 +155,7 @@ class ShardWriter:
             **unreadable.as_row(),
         )
         self.store.add(record)
-        return {"tokens": record.tokens, "expected": row["expected"]}
+        return {"tokens": record.tokens, "bytes": record.bytes, "expected": row["expected"]}
 
     def _write(self, shard: ShardFile, work: ShardWork, unreadable: UnreadableRows) -> None:
         random = np.random.Generator(np.random.Philox(key=int(work.key, 16)))

@@ -8,6 +8,8 @@ from typing import Any, Self
 
 from nexus_ray.config import TrackersSection, WarningsSection
 from nexus_ray.layout import RunLayout
+from nexus_ray.observing.secrets import SECRET_FIELDS
+from nexus_ray.observing.trainings import watch_training
 from nexus_ray.training.watching.background import Background
 from nexus_ray.training.watching.metrics import MetricsLog, read_metrics
 from nexus_ray.training.watching.tags import numbers_of, texts_of
@@ -15,7 +17,6 @@ from nexus_ray.training.watching.trackers import start_trackers
 from nexus_ray.training.watching.warnings import Warnings
 
 Tell = Callable[[Mapping[str, Any]], None]
-_SECRET = "train.trackers."  # addresses of trackers may hold passwords
 
 
 def _nobody(record: Mapping[str, Any]) -> None:
@@ -50,7 +51,7 @@ def open_log(
     watch = Warnings(warnings or WarningsSection(), roles or {})
     for record in read_metrics(layout.metrics):
         watch.see(record)
-    public = {name: value for name, value in (parameters or {}).items() if not name.startswith(_SECRET)}
+    public = {name: value for name, value in (parameters or {}).items() if not name.startswith(SECRET_FIELDS)}
     return RunLog(metrics, watch, start_trackers(trackers or TrackersSection(), layout, first_step, public), tell)
 
 
@@ -72,6 +73,7 @@ class RunLog:
             StorageError: the file system refused `metrics.jsonl`; trackers never raise.
         """
         record = self._record(event, step, **values)
+        watch_training(event, step, values)
         numbers, texts = numbers_of(record), texts_of(record)
         for tracker in self._trackers:
             tracker.write(event, step, numbers, texts)
