@@ -19,11 +19,16 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from _common import command_line, memory_bytes, print_result
+from _true_shape import SHAPES
+from convert_true_shape import synthetic_statistics
 
-from nexus_ray.config import DataSection
+from nexus_ray.config import DataSection, SelectSection
+from nexus_ray.data.documents import refuse
 from nexus_ray.data.shard_identity import text_identities
 from nexus_ray.data.sources import describe_files, list_shards
 from nexus_ray.router.moments import HALVES, RouterMoments
+from nexus_ray.selection.figures.selection_figures import plot_selection
+from nexus_ray.selection.selection import select_experts
 from nexus_ray.targets.format import Header, Manifest, TargetFile
 from nexus_ray.targets.reading.reader import TargetSet
 from nexus_ray.targets.writing.shard_store import ShardStore
@@ -31,6 +36,7 @@ from nexus_ray.training.checkpointing import Snapshot, write_snapshot
 from nexus_ray.training.feeding.order import SourceOrder
 
 _SHAPE_120B = (36, 128)  # layers, experts
+_ASSETS = Path(__file__).parents[1] / "assets"
 _LINE = json.dumps({"text": "x" * 240}).encode() + b"\n"
 _BLOCKS_A_FILE = 149  # of 256 KiB: 262,144 tokens of 149 bytes, from a MiB of text
 _FILE_BYTES = _BLOCKS_A_FILE << 18
@@ -67,6 +73,36 @@ def text(directory: Path, shards: int, size: int) -> dict[str, float]:
         "hash_shards_bytes_per_second": size / pieces,
         "list_seconds_per_shard": listing / len(many),
         "identity_seconds_per_shard": max(0.0, identities - pieces) / len(many),
+    }
+
+
+def tokenise() -> dict[str, float]:
+    """Tokenising and packing the embedded text on one core, with a tokenizer of fewer tokens than GPT-OSS's."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from transformers import AutoTokenizer
+
+    from nexus_ray.data.packing import pack_shard
+
+    tokenizer = AutoTokenizer.from_pretrained(_ASSETS / "tiny-gpt-oss")
+    data = DataSection.model_validate({"sources": {"text": {"train": str(_ASSETS / "text" / "*.train.jsonl")}}})
+    shards = list_shards(data, "train")
+    tokens, seconds = timed(
+        lambda: sum(packed.num_tokens for shard in shards for packed in pack_shard(shard, tokenizer, 1024, refuse))
+    )
+    return {"tokens_per_second_and_core": tokens / seconds}
+
+
+def selection() -> dict[str, float]:
+    """Ranking the experts of synthetic routers of 120B shape, and drawing and writing the report."""
+    layers, experts = _SHAPE_120B
+    statistics = synthetic_statistics(SHAPES["gpt-oss-120b"])
+    section = SelectSection(method="pca", top_k=8)
+    found, ranking = timed(lambda: select_experts(statistics, section, tuple(statistics.sources)))
+    with tempfile.TemporaryDirectory() as place:
+        _, drawing = timed(lambda: plot_selection(found, statistics, Path(place)))
+    return {
+        "rank_seconds_per_layer_and_expert2": ranking / layers / experts**2,
+        "draw_seconds_per_layer": drawing / layers,
     }
 
 
@@ -175,7 +211,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with command_line(), tempfile.TemporaryDirectory(prefix="driver-limits-") as temporary:
         directory = Path(temporary)
-        result: dict[str, float] = text(directory, arguments.shards, 512 << 20)
+        result: dict[str, float] = text(directory, arguments.shards, 512 << 20) | tokenise() | selection()
         result |= manifest(directory / "targets", arguments.files)
         result |= order(arguments.sequences)
         result |= moments(directory, 20)

@@ -126,9 +126,8 @@ def test_a_gpu_that_cannot_be_measured_has_an_assumed_speed(
     micro_config: MakeConfig, times: Times, tmp_path: Path
 ) -> None:
     def found(workers: int, gpus: float) -> PassTime:
-        return times(micro_config(tmp_path, **{"resources.workers": workers, "resources.gpus_per_worker": gpus}))[
-            "collect"
-        ]
+        settings = {"resources.workers": workers, "resources.gpus_per_worker": gpus}
+        return times(micro_config(tmp_path, **settings))["collect"]
 
     assert not found(3, 2).measured
     # The layers of one pass are on both GPUs of a worker, which compute one after the other.
