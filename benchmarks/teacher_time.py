@@ -25,6 +25,7 @@ from nexus_ray.config import Config, load_config
 from nexus_ray.data.packing import Batch
 from nexus_ray.modeling.loading import LoadedModel, load_base
 from nexus_ray.planning import probe, teacher_time
+from nexus_ray.planning.base_passes import pass_times
 from nexus_ray.planning.sizes import read_sizes
 from nexus_ray.planning.target_sizes import source_targets
 from nexus_ray.planning.text import SourceText
@@ -36,10 +37,10 @@ _TOKENS = 1_000_000  # of each source, which the times are proportional to
 
 def planned_microseconds(config: Config) -> dict[str, float]:
     """Of a token and one worker, by stage, from a fresh probe."""
-    for cached in (probe.time_layer, teacher_time._encoding_seconds):
+    for cached in (probe.time_layer, teacher_time.encoding_seconds):
         cached.cache_clear()
     sizes, text = read_sizes(config.model.path), {name: SourceText(1, 1, _TOKENS) for name in config.train.sources}
-    times = teacher_time.pass_times(config, sizes, source_targets(config, sizes, text))
+    times = pass_times(config, sizes, source_targets(config, sizes, text))
     return {each.stage: each.seconds * config.resources.workers / each.tokens * 1e6 for each in times}
 
 

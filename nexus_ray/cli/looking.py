@@ -31,17 +31,23 @@ def plan(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, sizes in bytes")] = False,
     to: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="draw schedules: .png or .svg")] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(metavar="NAMExCOUNT", help="plan for GPUs that are not here, e.g. h100x16; same as plan.hardware"),
+    ] = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what a run will need beside what this machine has (memory by part, storage, tokens), and its schedules.
+    """Show what a run will need: memory by part, placement, storage, tokens, time, GPU-hours, money; and its schedules.
 
-    Computed from config.json, file headers and file sizes; no weights are read and Ray is not started.
+    Beside what this machine has, or what --hardware names. Computed from config.json, file headers and file sizes; no
+    weights are read and Ray is not started. GPT-OSS 20B and 120B can be planned for before they are downloaded.
     """
     from nexus_ray.planning.plan import make_plan
     from nexus_ray.planning.tables import show_plan
 
-    made = make_plan(load(config, overrides, verbose, quiet, Config).config)
+    given = [*(overrides or []), *([f"plan.hardware={hardware}"] if hardware else [])]
+    made = make_plan(load(config, given, verbose, quiet, Config).config)
     if to is not None:
         from nexus_ray.plots import plot_schedules
 

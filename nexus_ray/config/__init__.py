@@ -5,6 +5,7 @@ remembers where each value came from, which `nexus-ray config` prints.
 """
 
 from nexus_ray.config.base import Section
+from nexus_ray.config.planning import PlanSection
 from nexus_ray.config.resolve import (
     Resolved,
     SectionT,
@@ -68,6 +69,7 @@ __all__ = [
     "LmEvalSection",
     "ModelSection",
     "OptimiserSection",
+    "PlanSection",
     "Predict",
     "PretrainRun",
     "PretrainSection",

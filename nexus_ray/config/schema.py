@@ -9,6 +9,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from nexus_ray.config.base import Section
+from nexus_ray.config.planning import PlanSection
 from nexus_ray.config.sections import (
     CollectSection,
     ConvertSection,
@@ -41,6 +42,7 @@ class Config(Section):
     train: TrainSection
     evaluate: EvaluateSection = EvaluateSection()
     serve: ServeSection = ServeSection()
+    plan: PlanSection = PlanSection()
 
     @property
     def compute_device(self) -> Literal["cpu", "cuda"]:

@@ -14,7 +14,7 @@ _FITTED_TOKENS = 1024  # that `lstsq` turns into features at once
 def convert_needs(worker: Worker) -> StageNeeds:
     """Conversion streams layer by layer in one process on the CPU; `lstsq` also runs the base."""
     if worker.config.convert.initialisation == "lstsq":
-        return worker.stage("convert", 1, *_least_squares(worker))
+        return worker.stage("convert", 1, _least_squares)
     parts = (
         Part("process", CONVERT_PROCESS, "interpreter, torch, threads"),
         Part("one layer", _layer_in_the_making(worker), "matrices in float32; one layer at a time"),

@@ -69,10 +69,13 @@ class StageNeeds:
         processes: workers that hold this at the same time.
         device: where the model is.
         devices: how many a worker spreads it over.
-        phases: what one device (the host's memory on a CPU) of one worker holds at different times.
+        phases: what one device (the host's memory on a CPU) of one worker holds at different times; of several
+            devices the one that holds most.
         mapped: bytes of mapped files; the workers of a node share them and the kernel may drop them.
         host: anonymous host memory of a worker whose model is on a GPU.
         sharing: workers that share one GPU.
+        of_devices: the phases of each device, where there are several.
+        layers: the decoder layers of each device; empty where no model is loaded.
     """
 
     stage: str
@@ -83,6 +86,15 @@ class StageNeeds:
     mapped: int = 0
     host: int = 0
     sharing: int = 1
+    of_devices: tuple[tuple[Phase, ...], ...] = ()
+    layers: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def device_peaks(self) -> tuple[int, ...]:
+        """Bytes that each device of a worker holds at its worst moment."""
+        if not self.of_devices:
+            return (self.peak.total,)
+        return tuple(max(each.total for each in phases) for phases in self.of_devices)
 
     @property
     def peak(self) -> Phase:

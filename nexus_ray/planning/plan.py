@@ -1,7 +1,7 @@
 """The plan of a run: what every stage needs beside what this machine has, a verdict, and what to change.
 
 It reads `config.json`, file headers, file sizes and a small sample of the text, and times a few matrix products; no
-weights, no model, no Ray.
+weights, no model, no Ray. A published model need not be here, and the machine may be one by name.
 """
 
 from __future__ import annotations
@@ -11,15 +11,21 @@ from typing import Any
 
 from nexus_ray.config import Config
 from nexus_ray.planning.base_cache import BaseCache, plan_base_cache
-from nexus_ray.planning.machine import Machine, this_machine
+from nexus_ray.planning.base_passes import PassTime, pass_times
+from nexus_ray.planning.hardware import GPUS
+from nexus_ray.planning.machine import Machine, planned_machine
 from nexus_ray.planning.needs import Part
+from nexus_ray.planning.placing import Placement, placements
+from nexus_ray.planning.published import model_sizes
+from nexus_ray.planning.scale.costs import RunCost
+from nexus_ray.planning.scale.model import run_cost
+from nexus_ray.planning.scale.run import with_assumed_text
 from nexus_ray.planning.schedules import Schedules, make_schedules
-from nexus_ray.planning.sizes import ModelSizes, read_sizes
+from nexus_ray.planning.sizes import ModelSizes
 from nexus_ray.planning.stages import stage_needs
 from nexus_ray.planning.storage import storage_parts
 from nexus_ray.planning.target_sizes import SourceTargets
-from nexus_ray.planning.teacher_time import PassTime, pass_times
-from nexus_ray.planning.text import measure_text
+from nexus_ray.planning.text import measure_heldout, measure_text
 from nexus_ray.planning.verdicts import StageVerdict, judge, with_change
 from nexus_ray.planning.worker import Worker
 
@@ -56,6 +62,8 @@ class Plan:
     times: tuple[PassTime, ...]
     base_cache: BaseCache | None
     schedules: Schedules
+    placements: tuple[Placement, ...]
+    cost: RunCost
 
     @property
     def storage_bytes(self) -> int:
@@ -64,7 +72,7 @@ class Plan:
 
     @property
     def storage_fits(self) -> bool:
-        """Whether the disk takes them; an object store does."""
+        """Whether the disk takes them; storage elsewhere is not compared."""
         return self.machine.free_disk is None or self.storage_bytes <= self.machine.free_disk
 
     @property
@@ -78,6 +86,7 @@ class Plan:
         return {
             "fits": self.fits,
             "parameters": self.sizes.parameters,
+            "sizes_from": self.sizes.origin,
             "checkpoint_bytes": self.sizes.stored_bytes,
             "machine": asdict(self.machine),
             "stages": {stage.needs.stage: stage.as_dict() for stage in self.stages},
@@ -87,22 +96,25 @@ class Plan:
             "tokens": {name: asdict(value) | {"epochs": value.epochs} for name, value in self.tokens.items()},
             "base_passes": {each.stage: asdict(each) for each in self.times},
             "schedules": self.schedules.as_dict(),
+            "placements": {each.stage: each.as_dict() for each in self.placements},
+            "cost": self.cost.as_dict(),
         }
 
 
 def make_plan(config: Config, machine: Machine | None = None) -> Plan:
-    """Plan a run for a machine, by default this one.
+    """Plan a run for a machine, by default what `plan.hardware` names, or this one.
 
     Raises:
-        ModelError: the base model is missing, damaged or of an unsupported family.
-        ConfigError: the settings of targets do not fit the model.
+        ModelError: the base model is missing and unknown, damaged or of an unsupported family.
+        ConfigError: the settings of targets do not fit the model, or there is no such hardware.
     """
-    machine = machine or this_machine(config.run.directory)
-    sizes = read_sizes(config.model.path)
+    machine = machine or planned_machine(config.plan, config.run.directory)
+    sizes = model_sizes(config.model.path)
     text = measure_text(config)
-    worker = Worker.of(config, sizes, text)
-    needs = stage_needs(config, sizes, text)
-    stages = tuple(with_change(judge(stage, machine), config, sizes, text, machine) for stage in needs)
+    whole = with_assumed_text(config, text)
+    worker = Worker.of(config, sizes, whole)
+    needs = stage_needs(config, sizes, whole)
+    stages = tuple(with_change(judge(stage, machine), config, sizes, whole, machine) for stage in needs)
     return Plan(
         sizes=sizes,
         machine=machine,
@@ -110,9 +122,11 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
         storage=storage_parts(config, sizes, worker.overlay, worker.targets),
         targets=worker.targets,
         tokens={name: _tokens(config, name, source, known=name in text) for name, source in worker.targets.items()},
-        base_cache=plan_base_cache(config.model.path),
-        times=pass_times(config, sizes, worker.targets),
+        base_cache=plan_base_cache(config.model.path) if sizes.origin == "files" else None,
+        times=pass_times(config, sizes, worker.targets, GPUS[machine.gpu] if machine.gpu else None),
         schedules=make_schedules(config),
+        placements=placements(config, sizes, whole, machine, needs),
+        cost=run_cost(config, sizes, text, machine, measure_heldout(config)),
     )
 
 

@@ -23,6 +23,8 @@ def precompute_phases(worker: Worker) -> list[Phase]:
     if not taught:
         return []
     sequences = worker.config.targets.batch_sequences
+    if not worker.is_first:
+        return [phase("layers", *worker.fixed(), worker.forward(sequences))]
     batch = sequences * max(source.sequence_bytes for source in taught)
     written = Part("encoded targets", _COPIES * (batch + ROW_GROUP_BYTES), "of a batch, and a row group", batch)
     states = 2 * worker.work(sequences).tokens * worker.sizes.dimensions.hidden_size * worker.dtype.itemsize

@@ -2,20 +2,59 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 
+from nexus_ray.checkpoints.header import TensorSpec
 from nexus_ray.checkpoints.reader import CheckpointReader, read_model_config
 from nexus_ray.errors import ModelError
 from nexus_ray.families import MoeDimensions, family_of
 from nexus_ray.storage import Place
 
 _VALUES_PER_BYTE = 2  # of MXFP4 blocks
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class TensorSizes:
+    """Some tensors of a model: those of a layer, or those around the layers.
+
+    Attributes:
+        packed_bytes: MXFP4 blocks and scales in the files.
+        packed_parameters: weights that they stand for.
+        plain_parameters: number of elements of all other tensors, by stored type.
+        largest_bytes: of one tensor in the files.
+    """
+
+    packed_bytes: int
+    packed_parameters: int
+    plain_parameters: Mapping[torch.dtype, int]
+    largest_bytes: int
+
+    @classmethod
+    def of(cls, specs: Iterable[TensorSpec]) -> TensorSizes:
+        """The sum of these tensors."""
+        packed_bytes = packed_parameters = largest = 0
+        plain: Counter[torch.dtype] = Counter()
+        for spec in specs:
+            largest = max(largest, spec.nbytes)
+            if spec.name.endswith(("_blocks", "_scales")):
+                packed_bytes += spec.nbytes
+                packed_parameters += _VALUES_PER_BYTE * prod(spec.shape) if spec.name.endswith("_blocks") else 0
+            else:
+                plain[spec.dtype] += prod(spec.shape)
+        return cls(packed_bytes, packed_parameters, dict(plain), largest)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the files."""
+        return self.packed_bytes + sum(count * dtype.itemsize for dtype, count in self.plain_parameters.items())
 
 
 @dataclass(frozen=True)
@@ -35,6 +74,8 @@ class ModelSizes:
         packed_parameters: weights that they stand for.
         plain_parameters: number of elements of all other tensors, by stored type.
         largest_tensor_bytes: of one tensor in the files.
+        layers: the tensors of each decoder layer.
+        origin: where this was read: "files", or what stood in for them.
     """
 
     dimensions: MoeDimensions
@@ -49,6 +90,8 @@ class ModelSizes:
     packed_parameters: int
     plain_parameters: Mapping[torch.dtype, int]
     largest_tensor_bytes: int
+    layers: tuple[TensorSizes, ...] = ()
+    origin: str = "files"
 
     @property
     def parameters(self) -> int:
@@ -77,32 +120,53 @@ def read_sizes(path: Place) -> ModelSizes:
         ModelError: the directory is missing, damaged or of an unsupported family.
     """
     config = read_model_config(path)
+    return sizes_of(config, _specs(path), path=path)
+
+
+def sizes_of(config: dict[str, Any], specs: Iterable[TensorSpec], *, path: Place, origin: str = "files") -> ModelSizes:
+    """The sizes of a model with these tensors.
+
+    Args:
+        config: its `config.json`.
+        specs: all of its tensors, named as in its files.
+        path: of the model, for messages.
+        origin: see `ModelSizes`.
+
+    Raises:
+        ModelError: the configuration lacks a field, or is of an unsupported family.
+    """
     dimensions = family_of(config).dimensions(config)
+    specs = list(specs)
+    whole = TensorSizes.of(specs)
     try:
-        return ModelSizes(dimensions=dimensions, **_attention(config, dimensions), **_tensors(path))
+        return ModelSizes(
+            dimensions=dimensions,
+            **_attention(config, dimensions),
+            packed_bytes=whole.packed_bytes,
+            packed_parameters=whole.packed_parameters,
+            plain_parameters=whole.plain_parameters,
+            largest_tensor_bytes=whole.largest_bytes,
+            layers=_layers(specs),
+            origin=origin,
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"model.path: {path}/config.json lacks or garbles {error}", "download it again") from error
 
 
-def _tensors(path: Place) -> dict[str, Any]:
-    """The fields that the files' headers decide."""
-    packed_bytes = packed_parameters = largest = 0
-    plain: Counter[torch.dtype] = Counter()
+def _specs(path: Place) -> list[TensorSpec]:
+    """What the files' headers say."""
     with CheckpointReader(path) as reader:
-        for name in reader.names:
-            entry = reader.entry(name)
-            largest = max(largest, entry.stop - entry.start)
-            if name.endswith(("_blocks", "_scales")):
-                packed_bytes += entry.stop - entry.start
-                packed_parameters += _VALUES_PER_BYTE * prod(entry.shape) if name.endswith("_blocks") else 0
-            else:
-                plain[entry.dtype] += prod(entry.shape)
-    return {
-        "packed_bytes": packed_bytes,
-        "packed_parameters": packed_parameters,
-        "plain_parameters": dict(plain),
-        "largest_tensor_bytes": largest,
-    }
+        entries = {name: reader.entry(name) for name in reader.names}
+    return [TensorSpec(name, entry.dtype, tuple(entry.shape)) for name, entry in entries.items()]
+
+
+def _layers(specs: Iterable[TensorSpec]) -> tuple[TensorSizes, ...]:
+    """The tensors of each decoder layer, in order."""
+    found: dict[int, list[TensorSpec]] = defaultdict(list)
+    for spec in specs:
+        if match := _LAYER.search(spec.name):
+            found[int(match[1])].append(spec)
+    return tuple(TensorSizes.of(found[layer]) for layer in sorted(found))
 
 
 def _attention(config: dict[str, Any], dimensions: MoeDimensions) -> dict[str, Any]:

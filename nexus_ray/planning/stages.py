@@ -31,12 +31,12 @@ def stage_needs(config: Config, sizes: ModelSizes, text: Mapping[str, SourceText
     worker = Worker.of(config, sizes, text)
     workers, overlay = config.resources.workers, worker.overlay_loading()
     stages = [
-        worker.stage("collect", workers, *_observation(worker)),
+        worker.stage("collect", workers, _observation),
         convert_needs(worker),
-        worker.stage("precompute", workers, *precompute_phases(worker)),
+        worker.stage("precompute", workers, precompute_phases),
         training_needs(worker),
-        worker.stage("evaluate", workers, *_evaluation(worker), host=overlay),
-        worker.stage("serve", config.serve.replicas, *_serving(worker), host=overlay),
+        worker.stage("evaluate", workers, _evaluation, host=overlay),
+        worker.stage("serve", config.serve.replicas, _serving, host=overlay),
     ]
     return [stage for stage in stages if stage.phases]
 
@@ -67,8 +67,11 @@ def _evaluation(worker: Worker) -> list[Phase]:
     cast = 0 if worker.dtype == torch.float32 else positions * vocabulary * worker.dtype.itemsize
     note = f"{positions:,} positions, float32, and their log-softmax"
     logits = Part("logits of a chunk", chunk + max(chunk, cast), note, chunk)
+    layers = phase("layers", *fixed, worker.forward(sequences), beside)
+    if not worker.is_first:
+        return [layers]
     return [
-        phase("layers", *fixed, worker.forward(sequences), beside),
+        layers,
         phase("scoring", *fixed, beside, states, logits),
     ]
 
@@ -80,14 +83,16 @@ def _inference(worker: Worker, sequences: int, *, student: bool) -> list[Phase]:
     units = 1 if worker.dtype == torch.float32 else 2  # log-probabilities, and logits that are cast
     logits = Part("logits", size, block=size)
     losses = Part("cross-entropy", units * chunk, "of a few positions, float32", chunk)
-    return [phase("layers", *fixed, worker.forward(sequences)), phase("logits", *fixed, logits, losses)]
+    layers = phase("layers", *fixed, worker.forward(sequences))
+    return [layers, phase("logits", *fixed, logits, losses)] if worker.is_first else [layers]
 
 
 def _serving(worker: Worker) -> list[Phase]:
     """One request at a time: a prompt of `data.sequence_length` with its answer, or the scoring of a text."""
     config = worker.config
     prompt = min(config.data.sequence_length, worker.sizes.context)
-    cache = Part("KV cache", kv_cache_bytes(worker.sizes, prompt + config.serve.max_new_tokens, worker.dtype.itemsize))
+    keys = kv_cache_bytes(worker.sizes, prompt + config.serve.max_new_tokens, worker.dtype.itemsize)
+    cache = Part("KV cache", worker.share(keys))
     fixed = (*worker.fixed(), worker.shared_experts())
     scoring = _inference(worker, config.evaluate.batch_sequences, student=True)
     return [phase("generating", *fixed, cache, worker.forward(1, prompt)), *scoring]

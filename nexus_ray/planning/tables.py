@@ -10,18 +10,18 @@ from rich.table import Table
 from rich.text import Text
 
 from nexus_ray.planning.base_cache import BaseCache
+from nexus_ray.planning.cost_table import duration_text, show_cost
 from nexus_ray.planning.needs import GIB, MIB
 from nexus_ray.planning.plan import Plan
 from nexus_ray.planning.schedule_table import show_schedules
-from nexus_ray.planning.teacher_time import SUSTAINED_GPU_FLOP
 from nexus_ray.planning.verdicts import StageVerdict
 
 
 def show_plan(plan: Plan) -> RenderableType:
-    """Memory by stage and by part, what to change, storage, targets and tokens, the base's passes, schedules."""
-    memory = Group(_parts(plan), _stages(plan), *_problems(plan))
+    """Memory by stage and by part, placement, what to change, storage, targets, passes, cost, schedules."""
+    memory = Group(*_origin(plan), _parts(plan), _stages(plan), *_placements(plan), *_problems(plan))
     text = Group(_storage(plan), _targets(plan), *_tokens(plan), *_times(plan))
-    return Group(memory, text, show_schedules(plan.schedules))
+    return Group(memory, text, show_cost(plan.cost), show_schedules(plan.schedules))
 
 
 def size_text(size: int) -> str:
@@ -38,6 +38,29 @@ def _table(title: str, first: str, others: Sequence[str]) -> Table:
     return table
 
 
+def _origin(plan: Plan) -> Iterator[Text]:
+    """Where sizes come from when the model's files are not here."""
+    if plan.sizes.origin != "files":
+        yield Text(f"model.path has no tensors yet: shapes from {plan.sizes.origin}", style="yellow")
+
+
+def _placements(plan: Plan) -> Iterator[RenderableType]:
+    """One row a stage on GPUs: where its layers go, and the fewest GPUs it could do with; then why."""
+    if not plan.placements:
+        return
+    table = _table("placement of a worker's layers", "stage", ["GPUs", "layers", "on each", "one would hold", "fewest"])
+    lines: dict[str, list[str]] = {}
+    for each in plan.placements:
+        lines.setdefault(each.why, []).append(each.stage)
+        peaks = " | ".join(f"{peak / GIB:.1f}" for peak in each.peaks)
+        fewest = "" if each.memory is None else str(each.fewest or "none")
+        cells = [str(each.configured), each.split, f"{peaks} GiB", size_text(each.alone), fewest]
+        table.add_row(each.stage, *cells)
+    yield table
+    for why, stages in lines.items():
+        yield Text(f"placement of {', '.join(stages)}: {why}")
+
+
 def _parts(plan: Plan) -> Table:
     """One column a stage, one row a part; a stage's column is what one worker holds at its worst moment."""
     stages = plan.stages
@@ -51,8 +74,9 @@ def _parts(plan: Plan) -> Table:
 
 def _stages(plan: Plan) -> Table:
     """One row a stage: all workers beside what the machine has."""
-    headings = ["at its peak", "workers", "on", "all, driver, Ray", "mapped base, shared", "this machine", "fits"]
-    table = _table("all workers on this machine", "stage", headings)
+    has = plan.machine.name
+    headings = ["at its peak", "workers", "on", "a node's, driver, Ray", "mapped base, shared", has, "fits"]
+    table = _table(f"all workers on {has}", "stage", headings)
     for stage in plan.stages:
         needs = stage.needs
         mapped = size_text(needs.mapped) if needs.mapped else ""
@@ -66,7 +90,7 @@ def _has(plan: Plan, stage: StageVerdict) -> str:
     if stage.needs.device == "cpu":
         return size_text(plan.machine.memory)
     gpus = plan.machine.gpus
-    return f"{len(gpus)} x {size_text(min(gpus))}" if gpus else "no GPU"
+    return f"{plan.machine.total_gpus} x {size_text(min(gpus))}" if gpus else "no GPU"
 
 
 def _problems(plan: Plan) -> Iterator[Text]:
@@ -87,9 +111,10 @@ def _storage(plan: Plan) -> Table:
     table.add_column("note")
     for part in plan.storage:
         table.add_row(part.name, size_text(part.size), escape(part.note))
+    free = plan.machine.free_disk
     verdict = "fits" if plan.storage_fits else "does not fit: choose another place with run.directory=PATH"
-    free = "in an object store" if plan.machine.free_disk is None else f"{size_text(plan.machine.free_disk)} free"
-    table.add_row("sum", size_text(plan.storage_bytes), f"{free}: {verdict}")
+    note = "on shared storage" if free is None else f"{size_text(free)} free: {verdict}"
+    table.add_row("sum", size_text(plan.storage_bytes), note)
     if plan.base_cache is not None:
         table.add_row("base, on each node", size_text(plan.base_cache.size), _cache_note(plan.base_cache))
     return table
@@ -123,22 +148,15 @@ def _times(plan: Plan) -> Iterator[RenderableType]:
     if all(each.measured for each in plan.times):
         yield Text("all workers together, by a layer's parts timed on this machine; without starting the workers")
     else:
-        speed = f"{SUSTAINED_GPU_FLOP / 1e12:.0f} TFLOP/s"
-        yield Text(f"all workers together, if each GPU sustains {speed}: an assumption, no GPU was measured")
-
-
-def duration_text(seconds: float) -> str:
-    """Seconds for a person: hours, minutes or seconds, two digits."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.2g} s"
+        yield Text(f"all workers together, without starting them; {plan.cost.assumed}")
 
 
 def _tokens(plan: Plan) -> Iterator[Text]:
     yield Text()
     for name, tokens in plan.tokens.items():
         line = f"{name}: training reads {tokens.trained:,} tokens"
-        if tokens.epochs is not None:
+        if tokens.epochs is None:
+            line += "; its text is not here: as much is assumed"
+        else:
             line += f", {tokens.epochs:.2g} times its text of about {tokens.available:,}"
         yield Text(line)

@@ -67,8 +67,31 @@ def measure_text(config: Config) -> dict[str, SourceText]:
     return found
 
 
+def measure_heldout(config: Config) -> dict[str, int]:
+    """Estimated tokens of held-out text that `evaluate` reads, by source; one whose text is not here is left out.
+
+    From sizes of files alone.
+    """
+    section, found = config.evaluate, dict[str, int]()
+    length = config.data.sequence_length
+    for name, source in config.data.sources.items():
+        if not source.heldout:
+            continue
+        most = None if section.max_sequences_per_source is None else section.max_sequences_per_source * length
+        try:
+            shards = list_shards(config.data, "heldout", (name,))
+        except DataError:
+            continue
+        tokens = int(sum(text_size(path) for path in {shard.path for shard in shards}) * _USUAL_TOKENS_PER_BYTE)
+        found[name] = tokens if most is None else min(tokens, most)
+    return found
+
+
 def _tokenizer(model: Place) -> Tokenizer | None:
-    path = local_description(model) / "tokenizer.json"
+    try:
+        path = local_description(model) / "tokenizer.json"
+    except ModelError:  # a remote model that is yet to come
+        return None
     if not path.is_file():
         return None
     try:

@@ -19,18 +19,30 @@ _HELD_BATCHES = READ_AHEAD + 1  # micro-batches in the memory of the host, decod
 
 def training_needs(worker: Worker) -> StageNeeds:
     """Training: the worst of its micro-batches at each moment, and the optimiser's step."""
-    targets, moved = _targets(worker)
+    targets, _ = _targets(worker)
     checkpoint = checkpoint_bytes(worker.config, worker.overlay)
-    writing = Part("checkpoint", checkpoint, "a copy, while it is written", worker.overlay.largest * FLOAT32)
-    always = (*worker.fixed(), *_state(worker), *((*targets, writing) if worker.device == "cpu" else (moved,)))
+    host = max(worker.overlay_loading(), checkpoint) + sum(part.size for part in targets)
+    return worker.stage("train", worker.config.resources.workers, training_phases, host)
+
+
+def training_phases(worker: Worker) -> list[Phase]:
+    """What one device of a training worker holds at different times."""
+    always = (*worker.fixed(), *_state(worker), *_always(worker))
     phases = [phase("optimiser step", *always, *_gradients(worker), _optimiser_working(worker))]
     batches = micro_batches(worker.config)
     earlier = _gradients(worker) if len(batches) > 1 else _buckets(worker)
     for batch in {tuple(batch.items()): batch for batch in batches}.values():
         phases += _micro_batch_phases(worker, batch, always, earlier)
-    phases += _validation(worker, always)
-    host = max(worker.overlay_loading(), checkpoint) + sum(part.size for part in targets)
-    return worker.stage("train", worker.config.resources.workers, *phases, host=host)
+    return phases + _validation(worker, always)
+
+
+def _always(worker: Worker) -> tuple[Part, ...]:
+    """Besides weights: on a CPU targets and the copy that is written; on the GPU with the head targets alone."""
+    targets, moved = _targets(worker)
+    if worker.device == "cuda":
+        return (moved,) if worker.is_first else ()
+    checkpoint = checkpoint_bytes(worker.config, worker.overlay)
+    return (*targets, Part("checkpoint", checkpoint, "a copy, while it is written", worker.overlay.largest * FLOAT32))
 
 
 def _micro_batch_phases(
@@ -39,7 +51,7 @@ def _micro_batch_phases(
     """The moments of one micro-batch, which holds `batch` sequences by source."""
     sequences = sum(batch.values())
     work, block = worker.work(sequences), worker.activation_block(sequences)
-    saved = saved_for_backward(worker.sizes, work) // worker.devices
+    saved = worker.share(saved_for_backward(worker.sizes, work))
     what = "inputs of layers" if work.checkpointed else "kept for backward"
     activations = Part("activations", saved, f"{work.tokens:,} tokens, {what}", block)
     running = layer_working(worker.sizes, work)
@@ -70,6 +82,8 @@ def _validation(worker: Worker, always: tuple[Part, ...]) -> list[Phase]:
 
 def _losses(worker: Worker, batch: dict[str, int], *, validating: bool = False) -> tuple[Part, Part, Part]:
     """What is kept of the losses until backward, and what they need at work."""
+    if not worker.is_first:
+        return Part("hidden states", 0), Part("logits of a chunk", 0), Part("losses at work", 0)
     itemsize, block = worker.dtype.itemsize, worker.activation_block(sum(batch.values()))
     buffers = loss_buffers(batch, worker.config, worker.sizes, worker.targets, itemsize, validating=validating)
     return (
@@ -98,13 +112,13 @@ def _targets(worker: Worker) -> tuple[tuple[Part, Part], Part]:
 def _state(worker: Worker) -> tuple[Part, ...]:
     """Master weights, both moments of AdamW and the anchor of merges, one device's share."""
     note = "two float32 a parameter" if worker.config.train.optimiser.name == "adamw" else "two bytes a parameter"
-    moments = Part("AdamW moments", worker.overlay.moments // worker.devices, note)
+    moments = Part("AdamW moments", worker.share(worker.overlay.moments), note)
     anchor = checkpoint_bytes(worker.config, worker.overlay) - best_bytes(worker.overlay) - worker.overlay.moments
-    return worker.shared_experts(), moments, Part("anchor of merges", anchor // worker.devices)
+    return worker.shared_experts(), moments, Part("anchor of merges", worker.share(anchor))
 
 
 def _gradients(worker: Worker) -> tuple[Part, ...]:
-    gradients = Part("gradients", worker.overlay.trained * FLOAT32 // worker.devices, "float32")
+    gradients = Part("gradients", worker.share(worker.overlay.trained * FLOAT32), "float32")
     return (gradients, *_buckets(worker))
 
 
@@ -112,11 +126,11 @@ def _buckets(worker: Worker) -> tuple[Part, ...]:
     """DDP's communication buffers, as large as the gradients; none for one worker."""
     if worker.config.resources.workers == 1:
         return ()
-    return (Part("DDP buckets", worker.overlay.trained * FLOAT32 // worker.devices, "float32"),)
+    return (Part("DDP buckets", worker.share(worker.overlay.trained * FLOAT32), "float32"),)
 
 
 def _optimiser_working(worker: Worker) -> Part:
     """The update in the making."""
     overlay, name = worker.overlay, worker.config.train.optimiser.name
-    size = update_bytes(overlay.trained // worker.devices, overlay.largest, name, worker.device)
+    size = update_bytes(worker.share(overlay.trained), overlay.largest, name, worker.device)
     return Part("AdamW update", size, "of the largest tensor" if worker.device == "cpu" else "of all tensors")

@@ -8,6 +8,7 @@ from math import ceil
 from typing import Any
 
 from nexus_ray.config import Config
+from nexus_ray.planning.allotment import replaced
 from nexus_ray.planning.machine import Machine
 from nexus_ray.planning.needs import GIB, MIB, Phase, StageNeeds
 from nexus_ray.planning.sizes import ModelSizes
@@ -29,12 +30,12 @@ _BATCH_FIELDS = {
 
 @dataclass(frozen=True)
 class StageVerdict:
-    """A stage on this machine.
+    """A stage on a machine.
 
     Attributes:
         needs: what it needs.
         peak: what one device (or the host, on a CPU) of one worker holds at its peak, and when.
-        node: anonymous host memory of all its workers, the driver and Ray, if they are all on this machine.
+        node: anonymous host memory of a node's workers, the driver and Ray, if workers are spread evenly.
         fits: whether it does.
         problem: what is missing, or what will be slow; empty when nothing is.
         change: settings that would make it fit, as overrides; empty when it fits or none was found.
@@ -62,16 +63,17 @@ class StageVerdict:
             "parts": [asdict(part) for part in self.peak.parts],
             "phases": {each.name: each.total for each in needs.phases},
             "shared_mapped_bytes": needs.mapped,
+            "device_peak_bytes": list(needs.device_peaks),
             "host_bytes_per_worker": needs.host,
             "node_bytes": self.node,
         }
 
 
 def judge(needs: StageNeeds, machine: Machine) -> StageVerdict:
-    """Whether a stage fits, when all its workers are on this machine."""
+    """Whether a stage fits, when its workers are spread evenly over the nodes."""
     peak = needs.peak
     each = peak.total if needs.device == "cpu" else needs.host
-    node = needs.processes * each + (NODE_PROCESSES if needs.stage != "convert" else 0)
+    node = ceil(needs.processes / machine.nodes) * each + (NODE_PROCESSES if needs.stage != "convert" else 0)
     missing = _missing(needs, peak, node, machine)
     if missing:
         return StageVerdict(needs, peak, node, False, missing)
@@ -92,9 +94,11 @@ def _missing(needs: StageNeeds, peak: Phase, node: int, machine: Machine) -> str
     if needs.device == "cuda":
         wanted = ceil(needs.processes / needs.sharing) * needs.devices
         each = peak.total * min(needs.sharing, needs.processes)
-        if len(machine.gpus) < wanted:
+        if needs.devices > len(machine.gpus) or machine.nodes * (len(machine.gpus) // needs.devices) < ceil(
+            needs.processes / needs.sharing
+        ):
             size = f"{each / GIB:.1f} GiB"
-            return f"takes GPUs with {size} each, {wanted} in all; this machine has {len(machine.gpus)}"
+            return f"takes GPUs with {size} each, {wanted} in all; {machine.name} has {machine.total_gpus}"
         if each > min(machine.gpus):
             return f"takes {each / GIB:.1f} GiB of each GPU, they have {min(machine.gpus) / GIB:.1f} GiB"
     usable = int(machine.memory * _USABLE)
@@ -112,7 +116,7 @@ def with_change(
     stage, changes = verdict.needs.stage, dict[str, Any]()
 
     def fits(settings: dict[str, Any]) -> bool:
-        needs = {each.stage: each for each in stage_needs(_replace(config, settings), sizes, text)}
+        needs = {each.stage: each for each in stage_needs(replaced(config, settings), sizes, text)}
         return stage not in needs or judge(needs[stage], machine).fits
 
     for field, value in _candidates(config, stage, verdict.needs):
@@ -161,11 +165,3 @@ def _halves(value: int, least: int) -> Iterator[int]:
     while value // 2 >= least:
         value //= 2
         yield value
-
-
-def _replace(config: Config, changes: dict[str, Any]) -> Config:
-    values = config.model_dump()
-    for name, value in changes.items():
-        section, field = name.split(".")
-        values[section][field] = value
-    return Config.model_validate(values)

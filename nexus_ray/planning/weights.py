@@ -10,10 +10,11 @@ import torch
 from nexus_ray.checkpoints.overlay import overlay_specs
 from nexus_ray.config import Config
 from nexus_ray.conversion.plan import describe_overlay
+from nexus_ray.modeling.placement import split_layers
 from nexus_ray.modeling.trained import is_trained
 from nexus_ray.planning.needs import Device, Part
 from nexus_ray.planning.optimiser import moment_bytes
-from nexus_ray.planning.sizes import ModelSizes
+from nexus_ray.planning.sizes import ModelSizes, TensorSizes
 
 _FLOAT32 = 4
 
@@ -50,8 +51,8 @@ class OverlaySize:
     moments: int
 
 
-def base_weights(sizes: ModelSizes, *, packed: bool, dtype: torch.dtype, device: Device) -> BaseWeights:
-    """Bytes of the base's weights.
+def base_weights(sizes: ModelSizes | TensorSizes, *, packed: bool, dtype: torch.dtype, device: Device) -> BaseWeights:
+    """Bytes of the base's weights, or of some of its tensors.
 
     On a CPU a tensor whose stored type is the model's stays in the mapped file; a cast or unpacked one is the
     worker's own. On a GPU everything is the device's own.
@@ -69,6 +70,16 @@ def base_weights(sizes: ModelSizes, *, packed: bool, dtype: torch.dtype, device:
     else:
         own += sizes.packed_bytes
     return BaseWeights(own, mapped)
+
+
+def layers_of_devices(sizes: ModelSizes, devices: int) -> tuple[tuple[int, ...], ...]:
+    """The layers of each device of a worker, as `modeling/weights.py` places them; a device may get none."""
+    count = sizes.dimensions.layers
+    if devices == 1:
+        return (tuple(range(count)),)
+    stored = [layer.stored_bytes for layer in sizes.layers]
+    placed = split_layers(stored, sizes.stored_bytes - sum(stored), devices)
+    return tuple(tuple(layer for layer in range(count) if placed[layer] == device) for device in range(devices))
 
 
 def overlay_size(sizes: ModelSizes, config: Config) -> OverlaySize:
@@ -92,13 +103,8 @@ def overlay_width(sizes: ModelSizes, config: Config) -> int:
     return config.convert.width or sizes.dimensions.intermediate_size
 
 
-def overlay_part(size: OverlaySize, devices: int = 1) -> Part:
-    """The shared experts and router differences in memory, or one device's share of them: float32 masters."""
-    return Part("shared experts", size.parameters * _FLOAT32 // devices, f"{size.parameters:,} parameters, float32")
-
-
-def base_part(sizes: ModelSizes, weights: BaseWeights, *, packed: bool, dtype: torch.dtype, devices: int = 1) -> Part:
-    """The part of the base that is the worker's own, or one device's share of it."""
+def base_part(sizes: ModelSizes, own: int, *, packed: bool, dtype: torch.dtype) -> Part:
+    """The part of the base that is the worker's, or one device's, own."""
     kind = str(dtype).removeprefix("torch.")
     how = "experts as stored" if packed and sizes.packed_bytes else "experts unpacked"
-    return Part("base weights", weights.own // devices, f"{sizes.parameters:,} parameters; {how}, the rest {kind}")
+    return Part("base weights", own, f"{sizes.parameters:,} parameters; {how}, the rest {kind}")

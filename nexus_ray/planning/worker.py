@@ -1,9 +1,9 @@
-"""A worker that holds the model: what every stage's memory is made of."""
+"""A worker that holds the model: what every stage's memory is made of, on each of its devices."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,7 +18,7 @@ from nexus_ray.planning.weights import (
     OverlaySize,
     base_part,
     base_weights,
-    overlay_part,
+    layers_of_devices,
     overlay_size,
     overlay_width,
 )
@@ -44,6 +44,8 @@ class Worker:
         weights: of the base.
         overlay: counts of the shared experts.
         targets: of the teacher, by source.
+        layers: the decoder layers of each device (`modeling/placement.py`).
+        at: the device that parts are of: the first one also holds embedding, last norm and LM head.
     """
 
     config: Config
@@ -54,15 +56,40 @@ class Worker:
     weights: BaseWeights
     overlay: OverlaySize
     targets: dict[str, SourceTargets]
+    layers: tuple[tuple[int, ...], ...]
+    at: int = 0
 
     @classmethod
     def of(cls, config: Config, sizes: ModelSizes, text: Mapping[str, SourceText] | None = None) -> Worker:
         """The worker of a run; `text`: training text by source, as far as it is known."""
-        device, dtype = config.compute_device, _DTYPES[config.compute_dtype]
+        device, dtype = config.compute_device, dtype_of(config)
         weights = base_weights(sizes, packed=config.model.experts == "packed", dtype=dtype, device=device)
-        devices = max(1, int(config.resources.gpus_per_worker))
+        devices = max(1, int(config.resources.gpus_per_worker)) if device == "cuda" else 1
+        layers = layers_of_devices(sizes, devices)
         targets = source_targets(config, sizes, text or {})
-        return cls(config, sizes, device, devices, dtype, weights, overlay_size(sizes, config), targets)
+        return cls(config, sizes, device, devices, dtype, weights, overlay_size(sizes, config), targets, layers)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the device holds embedding, last norm and LM head, and so what belongs to logits and losses."""
+        return self.at == 0
+
+    def share(self, size: int) -> int:
+        """This device's part of what lies beside the layers, evenly: shared experts, moments, activations."""
+        return size * len(self.layers[self.at]) // self.sizes.dimensions.layers
+
+    def each_device(self, phases: Callable[[Worker], list[Phase]]) -> tuple[tuple[Phase, ...], ...]:
+        """The phases of every device of the worker."""
+        return tuple(tuple(phases(replace(self, at=device))) for device in range(self.devices))
+
+    def own_weights(self) -> int:
+        """Bytes of the base on this device."""
+        if self.devices == 1:
+            return self.weights.own
+        packed = self.config.model.experts == "packed"
+        of = [base_weights(each, packed=packed, dtype=self.dtype, device=self.device).own for each in self.sizes.layers]
+        mine = sum(of[layer] for layer in self.layers[self.at])
+        return mine + (self.weights.own - sum(of) if self.is_first else 0)
 
     def work(self, sequences: int, length: int | None = None) -> Workload:
         """A forward pass of this many sequences."""
@@ -85,7 +112,7 @@ class Worker:
         if self.device == "cuda":
             process = Part("CUDA context", CUDA_CONTEXT)
         packed = self.config.model.experts == "packed"
-        return process, base_part(self.sizes, self.weights, packed=packed, dtype=self.dtype, devices=self.devices)
+        return process, base_part(self.sizes, self.own_weights(), packed=packed, dtype=self.dtype)
 
     def logits(self, sequences: int, length: int | None = None, itemsize: int | None = None) -> int:
         """Bytes of [sequences, length, vocabulary] values, by default in the compute type."""
@@ -97,15 +124,25 @@ class Worker:
         work = self.work(sequences, length)
         return work.tokens * max(2 * work.width * work.itemsize, self.sizes.dimensions.hidden_size * FLOAT32)
 
-    def stage(self, name: str, processes: int, *phases: Phase, host: int = 0) -> StageNeeds:
-        """The needs of a stage whose workers hold the model; `host`: what they hold beside it when it is on a GPU."""
+    def stage(self, name: str, processes: int, phases: Callable[[Worker], list[Phase]], host: int = 0) -> StageNeeds:
+        """The needs of a stage whose workers hold the model.
+
+        Args:
+            name: of the stage.
+            processes: workers.
+            phases: of one device of a worker.
+            host: what a worker holds beside them in the host's memory when it is on a GPU.
+        """
         gpus = self.config.resources.gpus_per_worker
+        of_devices = self.each_device(phases)
         return StageNeeds(
             stage=name,
             processes=processes,
             device=self.device,
             devices=self.devices,
-            phases=phases,
+            phases=max(of_devices, key=_worst),
+            of_devices=of_devices if self.devices > 1 else (),
+            layers=self.layers,
             mapped=self.weights.mapped,
             host=WORKER_PROCESS + max(self.loading(), host) if self.device == "cuda" else 0,
             sharing=int(1 / gpus) if 0 < gpus < 1 else 1,
@@ -119,8 +156,9 @@ class Worker:
         return max(self.sizes.largest_tensor_bytes, unpacked)
 
     def shared_experts(self) -> Part:
-        """One device's share of the overlay."""
-        return overlay_part(self.overlay, self.devices)
+        """This device's share of the shared experts and router differences: float32 masters."""
+        note = f"{self.overlay.parameters:,} parameters, float32"
+        return Part("shared experts", self.share(self.overlay.parameters * FLOAT32), note)
 
     def overlay_loading(self) -> int:
         """Host memory of an overlay on its way to a GPU: as stored, and in float32."""
@@ -136,3 +174,12 @@ class Worker:
         size = self.stream(sequences, length) + layer_working(self.sizes, work)
         size += work.tokens * dimensions.layers * dimensions.experts * FLOAT32
         return Part("activations", size, f"{work.tokens:,} tokens", self.activation_block(sequences, length))
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """Of the model's computation."""
+    return _DTYPES[config.compute_dtype]
+
+
+def _worst(phases: tuple[Phase, ...]) -> int:
+    return max((each.total for each in phases), default=0)

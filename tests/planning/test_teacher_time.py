@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from nexus_ray.config import Config, ModelSection
 from nexus_ray.modeling.loading import LoadedModel, load_base
 from nexus_ray.planning import probe, teacher_time
+from nexus_ray.planning.base_passes import PassTime, pass_times
+from nexus_ray.planning.cost_table import duration_text
 from nexus_ray.planning.probe import LayerSpeed
 from nexus_ray.planning.sizes import ModelSizes, read_sizes
-from nexus_ray.planning.tables import duration_text
 from nexus_ray.planning.target_sizes import source_targets
-from nexus_ray.planning.teacher_time import SUSTAINED_GPU_FLOP, PassTime, flop_per_token, pass_times
+from nexus_ray.planning.teacher_time import flop_per_token
 from nexus_ray.planning.text import SourceText
 
 _TEXT = {"play": SourceText(1, 10, 100_000), "prose": SourceText(1, 10, 50_000)}
@@ -81,7 +82,7 @@ def test_the_probe_leaves_the_threads_as_they_were(micro_config: MakeConfig, tim
 def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a layer take a millisecond, so times can be compared."""
     monkeypatch.setattr(teacher_time, "time_layer", lambda *_: LayerSpeed(1e-3, 1e-3, 1e-3, 1e-9))
-    monkeypatch.setattr(teacher_time, "_encoding_seconds", lambda *_: 1e-3)
+    monkeypatch.setattr(teacher_time, "encoding_seconds", lambda *_: 1e-3)
 
 
 @pytest.mark.usefixtures("fixed_speed")
@@ -124,11 +125,13 @@ def test_wanted_tokens_bound_the_teacher(micro_config: MakeConfig, times: Times,
 def test_a_gpu_that_cannot_be_measured_has_an_assumed_speed(
     micro_config: MakeConfig, times: Times, tmp_path: Path
 ) -> None:
-    config = micro_config(tmp_path, **{"resources.workers": 3, "resources.gpus_per_worker": 2})
-    found = times(config)["precompute"]
-    assert not found.measured
+    def found(workers: int, gpus: float) -> PassTime:
+        settings = {"resources.workers": workers, "resources.gpus_per_worker": gpus}
+        return times(micro_config(tmp_path, **settings))["collect"]
+
+    assert not found(3, 2).measured
     # The layers of one pass are on both GPUs of a worker, which compute one after the other.
-    assert found.seconds == pytest.approx(found.flop / (3 * SUSTAINED_GPU_FLOP))
+    assert found(3, 2).seconds == pytest.approx(found(1, 1).seconds / 3)
 
 
 def test_operations_of_the_published_shape(sizes: ModelSizes) -> None:
@@ -143,6 +146,8 @@ def test_operations_of_the_published_shape(sizes: ModelSizes) -> None:
     assert active == pytest.approx(3.61e9, rel=0.002)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.04 s"), (12.3, "12 s"), (90, "1.5 min"), (9000, "2.5 h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.04 s"), (12.3, "12 s"), (90, "1.5 min"), (9000, "2.5 h"), (10 * 86_400, "10.0 d")]
+)
 def test_durations_are_for_people(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
