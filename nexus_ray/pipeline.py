@@ -23,13 +23,14 @@ from filelock import FileLock, Timeout
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.checkpoints.node_cache import local_description
+from nexus_ray.checkpoints.reader import checkpoint_bytes
 from nexus_ray.config import STAGES, Config, flatten_values, save_config
 from nexus_ray.data.sources import describe_files
 from nexus_ray.data.vocabulary import tokenizer_files
 from nexus_ray.errors import ConfigError, NexusError
 from nexus_ray.layout import RunLayout
 from nexus_ray.stages import BY_NAME
-from nexus_ray.storage import digest, make_directory, read_json, sha256_file, write_json
+from nexus_ray.storage import digest, is_remote, make_directory, read_json, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 _LONGEST_SHOWN = 80  # characters of a setting's value in a message: lists of files are longer
@@ -45,7 +46,11 @@ class Run:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the base model."""
-        return fingerprint(self.config.model.path)
+        base = self.config.model.path
+        if is_remote(base):
+            size = f"{checkpoint_bytes(base) / 1e9:,.1f} GB"
+            logger.info("%s (%s) is fetched once by each node that loads it; its workers' logs say how far", base, size)
+        return fingerprint(base)
 
     @cached_property
     def tokenizer(self) -> dict[str, str]:
