@@ -18,6 +18,7 @@ from typing import Any
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.checkpoints.node_cache import local_description
+from nexus_ray.checkpoints.reader import checkpoint_bytes
 from nexus_ray.config import STAGES, Config, flatten_values, save_config
 from nexus_ray.data.sources import describe_files
 from nexus_ray.data.vocabulary import tokenizer_files
@@ -54,7 +55,11 @@ class Run:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the base model."""
-        return fingerprint(self.config.model.path)
+        base = self.config.model.path
+        if is_remote(base):
+            size = f"{checkpoint_bytes(base) / 1e9:,.1f} GB"
+            logger.info("%s (%s) is fetched once by each node that loads it; its workers' logs say how far", base, size)
+        return fingerprint(base)
 
     @cached_property
     def tokenizer(self) -> dict[str, str]:

@@ -16,6 +16,7 @@ import fsspec
 import pytest
 from checkpoints.counting_store import BUCKET, CountingStore
 from checkpoints.fetch_in_child import PIECE_BYTES, fetch_model
+from filelock import FileLock
 
 from nexus_ray.checkpoints import cache_entry, fetching, node_cache
 from nexus_ray.checkpoints.cache_entry import Entry
@@ -113,6 +114,21 @@ def test_processes_of_a_node_fetch_once_together(
     assert _hashes(Path(directories.pop())) == _hashes(micro_model)
     gets = [one for one in store.requests if one.method == "GET" and one.path.endswith("/tokenizer.json")]
     assert sum(one.answered for one in gets) == (micro_model / "tokenizer.json").stat().st_size
+
+
+def test_a_process_that_waits_for_another_says_what_for(
+    store: CountingStore, remote_model: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(node_cache, "_WAITING_SECONDS", 0.1)
+    directory = local_model(place_of(remote_model))
+    other = FileLock(_entry(directory).fetching, thread_local=False)
+    other.acquire()
+    threading.Timer(1.0, other.release).start()
+    with caplog.at_level(logging.INFO):
+        assert local_model(place_of(remote_model)) == directory
+    assert (
+        f"waiting for another process of this node that fetches or checks the base model {remote_model}" in caplog.text
+    )
 
 
 def test_what_a_killed_process_had_fetched_is_not_fetched_again(
@@ -329,7 +345,7 @@ def test_a_cache_that_cannot_be_written_to_names_the_variable(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("NEXUS_RAY_CACHE", str(tmp_path / "file"))
-    with pytest.raises(StorageError, match="point NEXUS_RAY_CACHE at a directory"):
+    with pytest.raises(StorageError, match="environment variable NEXUS_RAY_CACHE"):
         local_model(place_of(remote_model))
 
 
