@@ -69,6 +69,7 @@ def pretrain(run: PretrainRun) -> Path:
             run.resources,
             metrics=layout.metrics,
             steps=run.pretrain.steps,
+            checkpoints=layout.checkpoints,
         )
         return export(run, layout)
 

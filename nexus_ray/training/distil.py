@@ -46,7 +46,13 @@ def train(config: Config, layout: RunLayout) -> OverlayConfig:
     report_epochs(TargetSet.open(layout.targets).manifest, config)
     arguments = {"config": config.model_dump(mode="json")}
     trainer.run_distributed(
-        _loop, arguments, layout.training, config.resources, metrics=layout.metrics, steps=config.train.steps
+        _loop,
+        arguments,
+        layout.training,
+        config.resources,
+        metrics=layout.metrics,
+        steps=config.train.steps,
+        checkpoints=layout.checkpoints,
     )
     return _write_best(config, layout)
 

@@ -1,7 +1,8 @@
 """Running a training loop on Ray Train: workers, failures, what a worker asks about its place among them.
 
-Ray Train starts the workers, and starts all of them again when one of them dies or its node is taken away; the loop
-then continues from its own recovery checkpoint (`recovery.py`), as it does when the driver died.
+Ray Train starts the workers. When one of them dies or its node is taken away, all of them are started again, as often
+as `restarts.py` allows; the loop then continues from its own recovery checkpoint (`recovery.py`), as it does when the
+driver died.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from torch import Tensor, nn
 from nexus_ray.cluster import actor_options, ensure_ray
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
+from nexus_ray.nodes import alive_nodes, as_resources, lost_since, waiting_at_most
 from nexus_ray.storage import make_directory, read_json, write_json
+from nexus_ray.training.recovery import steps_reached
+from nexus_ray.training.restarts import Attempts
 from nexus_ray.training.watching.follow import following
 
 logger = logging.getLogger(__name__)
@@ -34,6 +38,7 @@ def run_distributed(
     resources: ResourcesSection,
     metrics: Path,
     steps: int,
+    checkpoints: Path,
 ) -> None:
     """Run `loop(arguments)` on `resources.workers` Ray Train workers.
 
@@ -44,42 +49,68 @@ def run_distributed(
         resources: what each worker gets; with `min_workers` training goes on with as few, and grows again.
         metrics: the file that the loop writes its metrics to; progress is read from it.
         steps: optimiser steps of the whole training.
+        checkpoints: directory of the recovery checkpoints: they show whether a training that fails gets on.
 
     Raises:
-        NexusError: the loop failed; carries the worker's message.
+        NexusError: the loop failed; carries the worker's message. Or there was no place for its workers.
     """
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the configuration must keep working
     ensure_ray()
+    error_file = make_directory(directory) / "error.json"
+    error_file.unlink(missing_ok=True)
+    attempts, fewest = Attempts(resources.max_failures), resources.min_workers or resources.workers
+    with (
+        following(metrics, steps, "train"),
+        waiting_at_most(resources.max_wait_minutes, as_resources(actor_options(resources)), fewest, "training"),
+        _ctrl_c_ours_again(),
+    ):
+        while not _attempt(_trainer(loop, arguments, directory, resources), error_file, attempts, checkpoints):
+            pass
+
+
+def _trainer(
+    loop: Callable[[dict[str, Any]], None], arguments: dict[str, Any], directory: Path, resources: ResourcesSection
+) -> Any:
+    """Ray Train's trainer; what it counts as failures is left to `Attempts`."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    error_file = make_directory(directory) / "error.json"
-    trainer = TorchTrainer(
-        _guarded(loop, error_file),
+    return TorchTrainer(
+        _guarded(loop, directory / "error.json"),
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
             num_workers=_workers(resources),  # type: ignore[arg-type]  # Ray's annotation is of its first version
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=_requests(resources),
+            resources_per_worker=as_resources(actor_options(resources)),
         ),
         run_config=RunConfig(
             name=directory.name,
             storage_path=str(directory.parent.resolve()),
-            failure_config=FailureConfig(max_failures=resources.max_failures),
+            failure_config=FailureConfig(max_failures=0),
         ),
     )
-    error_file.unlink(missing_ok=True)
+
+
+def _attempt(trainer: Any, error_file: Path, attempts: Attempts, checkpoints: Path) -> bool:
+    """Train from the last checkpoint; whether that has come to an end.
+
+    Raises:
+        NexusError: it failed, and is not tried again.
+    """
+    from ray.exceptions import RayError
+    from ray.train import TrainingFailedError
+
+    before = alive_nodes()
     try:
-        with following(metrics, steps, "train"), _ctrl_c_ours_again():
-            trainer.fit()
+        trainer.fit()
     except SystemExit as error:  # how Ray Train answers Ctrl-C, after stopping its workers
         raise KeyboardInterrupt from error
-    except Exception as error:
+    except (TrainingFailedError, RayError) as error:
         if error_file.exists():
             raise error_from_record(read_json(error_file, what="error record", hint="run again")) from error
-        raise NexusError(
-            f"training failed: {error}", "run the same command again: it continues from the last checkpoint"
-        ) from error
+        attempts.after(error, lost_since(before), steps_reached(checkpoints))
+        return False
+    return True
 
 
 @contextmanager
@@ -113,12 +144,6 @@ def _workers(resources: ResourcesSection) -> int | tuple[int, int]:
     """How many workers, or the fewest and the most."""
     fewest = resources.min_workers
     return resources.workers if fewest in (None, resources.workers) else (fewest, resources.workers)
-
-
-def _requests(resources: ResourcesSection) -> dict[str, float]:
-    """What Ray Train calls the resources of `actor_options`."""
-    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
-    return {names.get(key, key): value for key, value in actor_options(resources).items() if value}
 
 
 def world() -> tuple[int, int]:

@@ -1,0 +1,85 @@
+"""What ended an attempt at a training, and whether there is another one.
+
+A node that was taken away says nothing about the code: it does not count. A worker that died may have been hit by
+accident, or dies of its own doing each time: it counts as long as no new checkpoint shows that the training gets on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nexus_ray.errors import NexusError
+from nexus_ray.nodes import OUT_OF_MEMORY_HINT, is_out_of_memory
+
+logger = logging.getLogger(__name__)
+MOST_LOST_IN_A_ROW = 20  # nodes without a checkpoint between them: steps that never end are no progress
+Cause = Literal["node", "memory", "worker"]
+_CONTINUES = "the same command continues from the last checkpoint"
+
+
+@dataclass
+class Attempts:
+    """The attempts at one training.
+
+    Attributes:
+        max_failures: workers that may die one after the other without a new checkpoint between them.
+    """
+
+    max_failures: int
+    _reached: int = 0
+    _since: dict[Cause, int] = field(default_factory=dict)
+
+    def after(self, error: Exception, lost: Collection[str], reached: int) -> None:
+        """Return when it is to be tried again.
+
+        Args:
+            error: what ended the attempt.
+            lost: nodes that went away while it was going on.
+            reached: steps of the newest checkpoint.
+
+        Raises:
+            NexusError: it is not.
+        """
+        if reached > self._reached:
+            self._reached, self._since = reached, {}
+        cause = cause_of(error, lost)
+        self._since[cause] = self._since.get(cause, 0) + 1
+        if cause == "node":
+            if self._since[cause] > MOST_LOST_IN_A_ROW:
+                raise NexusError(
+                    f"training lost a node {self._since[cause]} times in a row without a new checkpoint",
+                    f"lower train.checkpoint_every, or use nodes that stay longer; {_CONTINUES}",
+                ) from error
+            where = ", ".join(sorted(node[:12] for node in lost))
+            logger.warning("training lost %s: it goes on from step %d on other nodes", _nodes(where), reached)
+            return
+        failures = self._since.get("worker", 0) + self._since.get("memory", 0)
+        if failures > self.max_failures:
+            raise self._given_up(cause, error, failures) from error
+        why = "ran out of memory" if cause == "memory" else "failed"
+        logger.warning(
+            "a training worker %s (%d of at most %d times before a new checkpoint): training goes on from step %d",
+            why, failures, self.max_failures, reached,
+        )  # fmt: skip
+
+    def _given_up(self, cause: Cause, error: Exception, failures: int) -> NexusError:
+        if cause == "memory":
+            return NexusError(
+                f"training failed: a worker ran out of memory; {failures} failures in a row without a new checkpoint",
+                f"{OUT_OF_MEMORY_HINT}; or lower train.micro_batch_sequences; {_CONTINUES}",
+            )
+        return NexusError(f"training failed: {error}", f"run the same command again: {_CONTINUES.split(' ', 3)[3]}")
+
+
+def cause_of(error: Exception, lost: Collection[str]) -> Cause:
+    """What ended an attempt; the workers that are left fail too when one goes away, each in its own way."""
+    if is_out_of_memory(error):
+        return "memory"
+    return "node" if lost else "worker"
+
+
+def _nodes(where: str) -> str:
+    return f"the nodes {where}" if "," in where else f"the node {where}"
