@@ -17,7 +17,8 @@ from typing import Any
 from nexus_ray.config import ResourcesSection
 from nexus_ray.console import progress
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
-from nexus_ray.nodes import OUT_OF_MEMORY_HINT, as_resources, is_out_of_memory, waiting_at_most
+from nexus_ray.nodes import OUT_OF_MEMORY_HINT, as_resources, is_out_of_memory
+from nexus_ray.patience import Patience, patience
 
 logger = logging.getLogger(__name__)
 _RETRIES = 3  # of a piece of work whose worker died
@@ -114,11 +115,12 @@ def map_over_pool(
         )
     unit, total = amount or ("", len(items))
     forecast = Forecast(total)
+    needs, deaths = as_resources(actor_options(resources)), (_RETRIES + 1) * most
     with (
-        waiting_at_most(resources.max_wait_minutes, as_resources(actor_options(resources)), 1, description),
+        patience(description, needs, 1, resources.max_wait_minutes, deaths) as watch,
         progress(description, total, unit, about=bool(expected)) as advance,
     ):
-        for row in _surviving(results.iter_rows(), description):
+        for row in _surviving(results.iter_rows(), description, watch):
             if row.get("error"):
                 raise error_from_record(row)
             steps = int(row[unit]) if unit else 1
@@ -146,21 +148,21 @@ class Forecast:
         return self._done + round(self._left * ratio)
 
 
-def _surviving(rows: Iterable[dict[str, Any]], description: str) -> Iterator[dict[str, Any]]:
+def _surviving(rows: Iterable[dict[str, Any]], description: str, watch: Patience) -> Iterator[dict[str, Any]]:
     """The rows; workers that keep dying become a message for people."""
     from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
     try:
-        yield from rows
+        for row in rows:
+            watch.progress()
+            yield row
     except RayTaskError:  # a defect, with its traceback
         raise
     except (RayActorError, OutOfMemoryError) as error:
         times = f"{_RETRIES + 1} times at the same piece of work"
-        if is_out_of_memory(error):
-            raise NexusError(
-                f"{description}: a worker ran out of memory {times}",
-                f"{OUT_OF_MEMORY_HINT}; the same command continues",
-            ) from error
+        if is_out_of_memory(error) or any(watch.deaths()):
+            hint = f"{OUT_OF_MEMORY_HINT}; the same command continues"
+            raise NexusError(f"{description}: a worker ran out of memory {times}", hint) from error
         raise NexusError(
             f"{description}: a worker died {times}, killed or out of memory",
             "smaller batches or fewer workers need less memory (`nexus-ray plan CONFIG`); the same command continues",

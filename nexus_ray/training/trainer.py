@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from nexus_ray.cluster import actor_options, ensure_ray
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
-from nexus_ray.nodes import alive_nodes, as_resources, lost_since, waiting_at_most
+from nexus_ray.nodes import alive_nodes, as_resources, lost_since
+from nexus_ray.patience import patience
 from nexus_ray.storage import make_directory, read_json, write_json
 from nexus_ray.training.recovery import steps_reached
 from nexus_ray.training.restarts import Attempts
@@ -58,10 +59,11 @@ def run_distributed(
     ensure_ray()
     error_file = make_directory(directory) / "error.json"
     error_file.unlink(missing_ok=True)
-    attempts, fewest = Attempts(resources.max_failures), resources.min_workers or resources.workers
+    attempts = Attempts(resources.max_failures, resources.max_wait_minutes)
+    needs, fewest = as_resources(actor_options(resources)), resources.min_workers or resources.workers
     with (
         following(metrics, steps, "train"),
-        waiting_at_most(resources.max_wait_minutes, as_resources(actor_options(resources)), fewest, "training"),
+        patience("training", needs, fewest, resources.max_wait_minutes),
         _ctrl_c_ours_again(),
     ):
         while not _attempt(_trainer(loop, arguments, directory, resources), error_file, attempts, checkpoints):
@@ -86,7 +88,8 @@ def _trainer(
         run_config=RunConfig(
             name=directory.name,
             storage_path=str(directory.parent.resolve()),
-            failure_config=FailureConfig(max_failures=0),
+            # The annotations are those of Ray's first version here too.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
         ),
     )
 
