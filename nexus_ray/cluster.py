@@ -150,7 +150,7 @@ class Forecast:
 
 def _surviving(rows: Iterable[dict[str, Any]], description: str, watch: Patience) -> Iterator[dict[str, Any]]:
     """The rows; workers that keep dying become a message for people."""
-    from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+    from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
     try:
         for row in rows:
@@ -167,6 +167,9 @@ def _surviving(rows: Iterable[dict[str, Any]], description: str, watch: Patience
             f"{description}: a worker died {times}, killed or out of memory",
             "smaller batches or fewer workers need less memory (`nexus-ray plan CONFIG`); the same command continues",
         ) from error
+    except RayError as error:  # objects or nodes that Ray could not bring back
+        reason = str(error).partition("\n")[0]
+        raise NexusError(f"{description}: Ray failed: {reason}", "the same command continues") from error
 
 
 class _Guarded:
