@@ -17,11 +17,11 @@ from typing import Any
 from nexus_ray.config import ResourcesSection
 from nexus_ray.console import progress
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
-from nexus_ray.nodes import OUT_OF_MEMORY_HINT, as_resources, is_out_of_memory
-from nexus_ray.patience import Patience, patience
+from nexus_ray.nodes import OUT_OF_MEMORY_HINT, as_resources
+from nexus_ray.patience import patience
 
 logger = logging.getLogger(__name__)
-_RETRIES = 3  # of a piece of work whose worker died
+_TRIES = 4  # workers that may die, for each that is wanted, before another piece of work is finished
 _TASKS_IN_FLIGHT = 2  # one at work and one waiting: more would leave workers idle at the end
 
 
@@ -110,17 +110,18 @@ def map_over_pool(
             _Guarded,  # type: ignore[arg-type]
             fn_constructor_kwargs={"worker": worker, "arguments": arguments},
             compute=pool,
-            max_task_retries=_RETRIES,
+            max_task_retries=-1,  # Ray counts each call of a worker whose node is lost but not yet missed: dozens
             **actor_options(resources),
         )
     unit, total = amount or ("", len(items))
     forecast = Forecast(total)
-    needs, deaths = as_resources(actor_options(resources)), (_RETRIES + 1) * most
     with (
-        patience(description, needs, 1, resources.max_wait_minutes, deaths) as watch,
+        patience(description, as_resources(actor_options(resources)), 1, resources.max_wait_minutes) as watch,
         progress(description, total, unit, about=bool(expected)) as advance,
     ):
-        for row in _surviving(results.iter_rows(), description, watch):
+        watch.may_die(_TRIES * most)
+        for number, row in enumerate(_surviving(results.iter_rows(), description), 1):
+            watch.may_die(_TRIES * min(most, len(items) - number))
             if row.get("error"):
                 raise error_from_record(row)
             steps = int(row[unit]) if unit else 1
@@ -148,28 +149,25 @@ class Forecast:
         return self._done + round(self._left * ratio)
 
 
-def _surviving(rows: Iterable[dict[str, Any]], description: str, watch: Patience) -> Iterator[dict[str, Any]]:
-    """The rows; workers that keep dying become a message for people."""
+def _surviving(rows: Iterable[dict[str, Any]], description: str) -> Iterator[dict[str, Any]]:
+    """The rows; what Ray cannot make good becomes a message for people."""
     from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
     try:
-        for row in rows:
-            watch.progress()
-            yield row
+        yield from rows
     except RayTaskError:  # a defect, with its traceback
         raise
     except (RayActorError, OutOfMemoryError) as error:
-        times = f"{_RETRIES + 1} times at the same piece of work"
-        if is_out_of_memory(error) or any(watch.deaths()):
-            hint = f"{OUT_OF_MEMORY_HINT}; the same command continues"
-            raise NexusError(f"{description}: a worker ran out of memory {times}", hint) from error
         raise NexusError(
-            f"{description}: a worker died {times}, killed or out of memory",
-            "smaller batches or fewer workers need less memory (`nexus-ray plan CONFIG`); the same command continues",
+            f"{description}: a worker died for good: {_first_line(error)}",
+            f"if it was short of memory: {OUT_OF_MEMORY_HINT}; the same command continues",
         ) from error
     except RayError as error:  # objects or nodes that Ray could not bring back
-        reason = str(error).partition("\n")[0]
-        raise NexusError(f"{description}: Ray failed: {reason}", "the same command continues") from error
+        raise NexusError(f"{description}: Ray failed: {_first_line(error)}", "the same command continues") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 class _Guarded:
@@ -200,7 +198,8 @@ def _quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Its errors reach us as exceptions, and `_surviving` puts them into words.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def set_worker_threads(resources: ResourcesSection) -> None:

@@ -26,38 +26,27 @@ class Patience(threading.Thread):
         request: what each worker needs, as nodes name it (`CPU`, `GPU`, `memory`, ...).
         workers: how few of them the stage can do with.
         minutes: how long there may be no place for those.
-        most_deaths: of workers, without any progress; None: any number.
     """
 
-    def __init__(
-        self,
-        description: str,
-        request: Mapping[str, float],
-        workers: int,
-        minutes: float,
-        most_deaths: int | None = None,
-    ) -> None:
+    def __init__(self, description: str, request: Mapping[str, float], workers: int, minutes: float) -> None:
         super().__init__(daemon=True, name="patience")
         self.description = description
         self.request = request
         self.workers = workers
         self.minutes = minutes
-        self.most_deaths = most_deaths
         self.verdict: NexusError | None = None
         self._ended = threading.Event()
         self._nodes: Mapping[str, Mapping[str, float]] = {}
         self._waiting_since: float | None = None
         self._told = 0.0
+        self._most_deaths: int | None = None
         self._forgiven = dead_workers()
         self._progress = threading.Event()
 
-    def progress(self) -> None:
-        """Say that something has been finished."""
+    def may_die(self, most: int) -> None:
+        """Say that something has been finished: until the next time no more than so many workers may die."""
+        self._most_deaths = most
         self._progress.set()
-
-    def deaths(self) -> list[bool]:
-        """Of workers since the last progress: of each, whether it was for want of memory."""
-        return [memory for worker, memory in dead_workers().items() if worker not in self._forgiven]
 
     def run(self) -> None:
         """Look until it ends, or until there is a verdict."""
@@ -98,14 +87,14 @@ class Patience(threading.Thread):
 
     def _without_progress(self) -> NexusError | None:
         """The verdict on workers that die before they have done anything."""
-        if self.most_deaths is None:
+        if self._most_deaths is None:
             return None
         if self._progress.is_set():
             self._progress.clear()
             self._forgiven = dead_workers()
             return None
-        deaths = self.deaths()
-        if len(deaths) < self.most_deaths:
+        deaths = [is_memory for worker, is_memory in dead_workers().items() if worker not in self._forgiven]
+        if len(deaths) < max(1, self._most_deaths):
             return None
         if any(deaths):
             what = f"{sum(deaths)} workers ran out of memory, and none has finished anything since"
@@ -117,15 +106,13 @@ class Patience(threading.Thread):
 
 
 @contextmanager
-def patience(
-    description: str, request: Mapping[str, float], workers: int, minutes: float, most_deaths: int | None = None
-) -> Iterator[Patience]:
+def patience(description: str, request: Mapping[str, float], workers: int, minutes: float) -> Iterator[Patience]:
     """A `Patience` for the block; only the main thread can be interrupted, so elsewhere it does not look.
 
     Raises:
         NexusError: the wait was in vain; says for what.
     """
-    watch = Patience(description, request, workers, minutes, most_deaths)
+    watch = Patience(description, request, workers, minutes)
     if threading.current_thread() is not threading.main_thread():
         yield watch
         return

@@ -110,16 +110,19 @@ def test_waiting_starts_anew_when_a_node_comes(cluster: Cluster) -> None:
 def test_workers_that_die_before_they_have_done_anything_end_the_stage(cluster: Cluster) -> None:
     cluster.nodes = {"one": {"CPU": 1.0}}
     cluster.dead = {b"of an earlier stage": True}
+    deaths = threading.Timer(0.2, cluster.dead.update, [{bytes([number]): False for number in range(3)}])
     with (
         pytest.raises(NexusError, match="collect: 3 workers died, and none has finished anything since"),
-        patience.patience("collect", {"CPU": 1.0}, 1, minutes=10, most_deaths=3),
+        patience.patience("collect", {"CPU": 1.0}, 1, minutes=10) as watch,
     ):
-        wait_for_ever(after=lambda: cluster.dead.update({bytes([number]): False for number in range(3)}))
+        wait_for_ever(after=lambda: (watch.may_die(3), deaths.start()))
 
 
 def test_those_that_run_out_of_memory_are_told_from_others(cluster: Cluster) -> None:
     cluster.nodes = {"one": {"CPU": 1.0}}
-    watch = patience.Patience("collect", {"CPU": 1.0}, 1, minutes=10, most_deaths=2)
+    watch = patience.Patience("collect", {"CPU": 1.0}, 1, minutes=10)
+    watch.may_die(2)
+    assert watch._without_progress() is None
     cluster.dead = {b"a": True, b"b": True}
     verdict = watch._without_progress()
     assert verdict is not None
@@ -129,12 +132,18 @@ def test_those_that_run_out_of_memory_are_told_from_others(cluster: Cluster) -> 
 
 
 def test_progress_forgives_the_deaths_before_it(cluster: Cluster) -> None:
-    watch = patience.Patience("collect", {"CPU": 1.0}, 1, minutes=10, most_deaths=2)
+    watch = patience.Patience("collect", {"CPU": 1.0}, 1, minutes=10)
     for number in range(6):
         cluster.dead[bytes([number])] = True
-        watch.progress()
+        watch.may_die(2)
         assert watch._without_progress() is None
-    assert watch.deaths() == []
+        assert watch._without_progress() is None
+
+
+def test_where_nobody_counts_any_number_may_die(cluster: Cluster) -> None:
+    watch = patience.Patience("training", {"CPU": 1.0}, 1, minutes=10)
+    cluster.dead = {bytes([number]): True for number in range(100)}
+    assert watch._without_progress() is None
 
 
 def test_a_stage_that_ends_well_is_left_alone(cluster: Cluster) -> None:

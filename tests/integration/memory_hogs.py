@@ -63,8 +63,12 @@ def pool(arguments: dict[str, Any]) -> dict[str, Any]:
 def train(folder: Path) -> dict[str, Any]:
     """What a training of such workers gives."""
 
+    folder.mkdir()
+    attempts = folder / "attempts"
+    attempts.touch()
+
     def loop(_: dict[str, Any]) -> None:
-        with (folder / "attempts").open("a") as file:
+        with attempts.open("a") as file:
             file.write("x")
         take_too_much()
 
@@ -73,7 +77,7 @@ def train(folder: Path) -> dict[str, Any]:
             loop, {}, folder / "training", RESOURCES, metrics=folder / "metrics.jsonl", steps=1, checkpoints=folder
         )
     except NexusError as error:
-        return {"message": error.message, "hint": error.hint, "attempts": len((folder / "attempts").read_text())}
+        return {"message": error.message, "hint": error.hint, "attempts": len(attempts.read_text())}
     return {}
 
 
@@ -83,7 +87,7 @@ def main() -> None:
     threshold = (memory.total - memory.available + FREE_BYTES) / memory.total
     import ray
 
-    with tempfile.TemporaryDirectory(prefix="ray") as scratch:
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as scratch:
         ray.init(
             address="local",
             num_cpus=2,
@@ -99,10 +103,10 @@ def main() -> None:
             "once": pool({"flag": folder / "flag"}),
             "each_time": pool({"flag": None}),
             "at_start": pool({"flag": None, "at_start": True}),
-            "training": train(folder),
+            "training": train(folder / "run"),
         }
+        print(json.dumps(results), flush=True)
         ray.shutdown()
-    print(json.dumps(results))
 
 
 if __name__ == "__main__":
