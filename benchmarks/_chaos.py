@@ -21,7 +21,7 @@ from nexus_ray.layout import RunLayout
 
 logger = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 100 * 2**20
-_NODE_PATIENCE_SECONDS = 120  # until a new node has joined
+_NODE_PATIENCE_SECONDS = 300  # until a new node has joined
 _IDLE = "IDLE"
 # What works for a stage; other actors of Ray only keep count of them.
 _WORKERS = ("MapWorker", "RayTrainWorker", "TrainController")
