@@ -47,7 +47,7 @@ def lose_a_node(cluster: Any) -> None:
 
 
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + 2 * PATIENCE_SECONDS
     while not happened():
         assert process.poll() is None, f"it ended before a node was lost: {log.read_text()}"
         assert time.monotonic() < deadline, "it did not begin"
@@ -72,7 +72,7 @@ def test_collection_goes_on_without_the_node_and_its_files_are_the_same(
     wait_until(lambda: len(list(parts.glob("unit-*.safetensors"))) >= 3, process, log)
     lose_a_node(cluster)
     assert not layout.router_stats.exists()
-    assert process.wait(PATIENCE_SECONDS) == 0, log.read_text()
+    assert process.wait(2 * PATIENCE_SECONDS) == 0, log.read_text()
 
     names = ("router_stats.safetensors", "router_stats.json", "calibration.safetensors", "calibration.json")
     expected = digests(*(Path(whole.run.directory) / name for name in names))
