@@ -6,7 +6,7 @@ Claims: `nexus-ray run` on a cluster of several nodes of this machine (a head wi
 finishes by itself while random worker nodes (SIGKILL of the raylet, which takes its workers; a new node comes after a
 while, as an autoscaler would bring one) and random workers (SIGKILL) are ended in every stage that uses Ray; and
 `identical`: statistics, selection, targets and overlay have the bytes of an undisturbed run, which is made first, in
-the same way. Ends with one JSON object.
+the same way; the figures of the report are the same too. Ends with one JSON object.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def artefacts(layout: RunLayout, *, evaluated: bool) -> dict[str, list[Path]]:
         "targets": _files(layout.targets),
         "overlay": _files(layout.overlay),
     }
-    return found | ({"report": [layout.report]} if evaluated else {})
+    return found | ({"evaluation": [layout.report]} if evaluated else {})
 
 
 def _files(directory: Path) -> list[Path]:
@@ -79,16 +79,8 @@ def digests(layout: RunLayout, *, evaluated: bool) -> dict[str, str]:
 
 
 def _bytes_of(path: Path) -> str:
-    """SHA-256 of a file; of a report without the place and the time that it tells of."""
-    if path.name != "report.json":
-        return sha256_file(path)
-    return digest(_without(json.loads(path.read_text()), {"run", "created", "seconds", "directory"}))
-
-
-def _without(value: Any, keys: set[str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _without(item, keys) for key, item in value.items() if key not in keys}
-    return [_without(item, keys) for item in value] if isinstance(value, list) else value
+    """SHA-256 of a file; of a report without what it tells of places and times."""
+    return digest(json.loads(path.read_text())["evaluation"]) if path.name == "report.json" else sha256_file(path)
 
 
 def run_command(arguments: argparse.Namespace, layout: RunLayout, address: str, log: Path) -> int:
@@ -177,7 +169,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         seconds = stage_seconds(whole, _DISTURBED)
         logger.info("undisturbed: %.0f s, by stage: %s", quiet["seconds"], seconds)
         hit, noisy = disturbed(arguments, folder, seconds)
-        evaluated = arguments.until == "evaluate"
+        noisy_seconds, evaluated = stage_seconds(hit, _DISTURBED), arguments.until == "evaluate"
         expected, found = (digests(layout, evaluated=evaluated) for layout in (whole, hit))
     same = {name: found[name] == expected[name] for name in expected}
     kinds = Counter((kill["stage"], kill["kind"]) for kill in noisy["kills"])
@@ -198,7 +190,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "undisturbed_s": round(quiet["seconds"], 1),
         "disturbed_s": round(noisy["seconds"], 1),
         "time_lost_s": round(noisy["seconds"] - quiet["seconds"], 1),
-        "stage_s": {"undisturbed": seconds, "disturbed": stage_seconds(hit, _DISTURBED)} if arguments.keep else seconds,
+        "stage_s": {"undisturbed": seconds, "disturbed": noisy_seconds},
         "identical": all(same.values()),
         "identical_artefacts": same,
     }
