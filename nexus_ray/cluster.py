@@ -19,13 +19,15 @@ from nexus_ray.config import ResourcesSection
 from nexus_ray.console import progress
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
 from nexus_ray.heartbeat import doing
+from nexus_ray.nodes import OUT_OF_MEMORY_HINT, as_resources
 from nexus_ray.observing.command import record_signal
 from nexus_ray.observing.links import tell_ray
 from nexus_ray.observing.pools import PoolWatch, WatchedWorker
+from nexus_ray.patience import patience
 from nexus_ray.versions import driver_versions, require_same
 
 logger = logging.getLogger(__name__)
-_RETRIES = 3  # of a piece of work whose worker died
+_TRIES = 4  # workers that may die, for each that is wanted, before another piece of work is finished
 _TASKS_IN_FLIGHT = 2  # one at work and one waiting: more would leave workers idle at the end
 
 
@@ -167,7 +169,7 @@ def map_over_pool(
             WatchedWorker,  # type: ignore[arg-type]
             fn_constructor_kwargs={"make": _Guarded, "arguments": guarded, "labels": watch.labels},
             compute=pool,
-            max_task_retries=_RETRIES,
+            max_task_retries=-1,  # Ray counts each call of a worker whose node is lost but not yet missed: dozens
             **actor_options(resources),
         )
     unit, total = amount or ("", len(items))
@@ -175,10 +177,13 @@ def map_over_pool(
     worker_log.expect_workers()
     with (
         watch,
+        patience(description, as_resources(actor_options(resources)), 1, resources.max_wait_minutes) as patient,
         progress(description, total, unit, about=bool(expected)) as advance,
         doing(lambda: worker_log.what_workers_do(needs(resources))),
     ):
-        for row in _surviving(results.iter_rows(), description):
+        patient.may_die(_TRIES * most)
+        for number, row in enumerate(_surviving(results.iter_rows(), description), 1):
+            patient.may_die(_TRIES * min(most, len(items) - number))
             watch.take(row)
             if row.get("error"):
                 raise error_from_record(row)
@@ -208,18 +213,24 @@ class Forecast:
 
 
 def _surviving(rows: Iterable[dict[str, Any]], description: str) -> Iterator[dict[str, Any]]:
-    """The rows; workers that keep dying become a message for people."""
-    from ray.exceptions import RayActorError, RayTaskError
+    """The rows; what Ray cannot make good becomes a message for people."""
+    from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
     try:
         yield from rows
     except RayTaskError:  # a defect, with its traceback
         raise
-    except RayActorError as error:
+    except (RayActorError, OutOfMemoryError) as error:
         raise NexusError(
-            f"{description}: a worker died {_RETRIES + 1} times at the same piece of work, killed or out of memory",
-            "smaller batches or fewer workers need less memory (`nexus-ray plan CONFIG`); the same command continues",
+            f"{description}: a worker died for good: {_first_line(error)}",
+            f"if it was short of memory: {OUT_OF_MEMORY_HINT}; the same command continues",
         ) from error
+    except RayError as error:  # objects or nodes that Ray could not bring back
+        raise NexusError(f"{description}: Ray failed: {_first_line(error)}", "the same command continues") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 class _Guarded:
@@ -256,7 +267,8 @@ def _quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Its errors reach us as exceptions, and `_surviving` puts them into words.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def set_worker_threads(resources: ResourcesSection) -> None:

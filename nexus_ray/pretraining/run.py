@@ -70,6 +70,7 @@ def pretrain(run: PretrainRun) -> Path:
             layout.training,
             run.resources,
             steps=run.pretrain.steps,
+            checkpoints=layout.checkpoints,
         )
         return export(run, layout)
 

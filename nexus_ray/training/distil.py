@@ -46,7 +46,9 @@ def train(config: Config, layout: RunLayout) -> OverlayConfig:
     """
     report_epochs(TargetSet.open(layout.targets).manifest, config)
     arguments = {"config": config.model_dump(mode="json")}
-    trainer.run_distributed(_loop, arguments, layout.training, config.resources, steps=config.train.steps)
+    trainer.run_distributed(
+        _loop, arguments, layout.training, config.resources, steps=config.train.steps, checkpoints=layout.checkpoints
+    )
     return _write_best(config, layout)
 
 

@@ -1,7 +1,8 @@
 """Running a training loop on Ray Train: workers, failures, what a worker asks about its place among them.
 
-Ray Train starts the workers, and starts all of them again when one of them dies or its node is taken away; the loop
-then continues from its own recovery checkpoint (`recovery.py`), as it does when the driver died.
+Ray Train starts the workers. When one of them dies or its node is taken away, all of them are started again, as often
+as `restarts.py` allows; the loop then continues from its own recovery checkpoint (`recovery.py`), as it does when the
+driver died.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from nexus_ray.cluster import actor_options, begin_as_worker, ensure_ray, needs
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError
 from nexus_ray.heartbeat import doing
+from nexus_ray.nodes import alive_nodes, as_resources, lost_since
 from nexus_ray.observing import Origin, origin, telling_from
 from nexus_ray.observing.links import tell_training
 from nexus_ray.observing.trainings import failure_callback
+from nexus_ray.patience import patience
 from nexus_ray.storage import Place, cache_root, digest, is_remote, make_directory
 from nexus_ray.training.messages import Messages
+from nexus_ray.training.recovery import steps_reached
+from nexus_ray.training.restarts import Attempts
 from nexus_ray.training.stopping import checkpoint_before_stopping
 from nexus_ray.training.watching.follow import following
 from nexus_ray.versions import driver_versions
@@ -42,6 +47,7 @@ def run_distributed(
     directory: Place,
     resources: ResourcesSection,
     steps: int,
+    checkpoints: Place,
 ) -> None:
     """Run `loop(arguments)` on `resources.workers` Ray Train workers.
 
@@ -51,50 +57,79 @@ def run_distributed(
         directory: where Ray Train keeps its state, if it is local.
         resources: what each worker gets; with `min_workers` training goes on with as few, and grows again.
         steps: optimiser steps of the whole training.
+        checkpoints: directory of the recovery checkpoints: they show whether a training that fails gets on.
 
     Raises:
-        NexusError: the loop failed; carries the worker's message.
+        NexusError: the loop failed; carries the worker's message. Or there was no place for its workers.
     """
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the configuration must keep working
     ensure_ray()
     tell_training()
+    messages = Messages.open()
+    attempts = Attempts(resources.max_failures, resources.max_wait_minutes)
+    request, fewest = as_resources(actor_options(resources)), resources.min_workers or resources.workers
+    worker_log.expect_workers()
+    with (
+        following(messages.new_records, steps, "train"),
+        doing(lambda: worker_log.what_workers_do(needs(resources))),
+        patience("training", request, fewest, resources.max_wait_minutes),
+        _ctrl_c_ours_again(),
+        checkpoint_before_stopping(messages),
+    ):
+        while not _attempt(_trainer(loop, arguments, directory, resources, messages), messages, attempts, checkpoints):
+            pass
+
+
+def _trainer(
+    loop: Callable[[dict[str, Any]], None],
+    arguments: dict[str, Any],
+    directory: Place,
+    resources: ResourcesSection,
+    messages: Messages,
+) -> Any:
+    """Ray Train's trainer; what it counts as failures is left to `Attempts`."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    messages, state = Messages.open(), _state_directory(directory)
-    trainer = TorchTrainer(
+    state = _state_directory(directory)
+    return TorchTrainer(
         _guarded(loop, messages, origin()),
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
             num_workers=_workers(resources),  # type: ignore[arg-type]  # Ray's annotation is of its first version
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=_requests(resources),
+            resources_per_worker=as_resources(actor_options(resources)),
         ),
         run_config=RunConfig(
             name=state.name,
             storage_path=str(state.parent.resolve()),
-            failure_config=FailureConfig(max_failures=resources.max_failures),
-            callbacks=[failure_callback(origin())],  # type: ignore[list-item]  # an annotation of the first version too
+            # The annotations are those of Ray's first version here too.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+            callbacks=[failure_callback(origin())],  # type: ignore[list-item]
         ),
     )
+
+
+def _attempt(trainer: Any, messages: Messages, attempts: Attempts, checkpoints: Place) -> bool:
+    """Train from the last checkpoint; whether that has come to an end.
+
+    Raises:
+        NexusError: it failed, and is not tried again.
+    """
+    from ray.exceptions import RayError
+    from ray.train import TrainingFailedError
+
+    before = alive_nodes()
     try:
-        worker_log.expect_workers()
-        with (
-            following(messages.new_records, steps, "train"),
-            doing(lambda: worker_log.what_workers_do(needs(resources))),
-            _ctrl_c_ours_again(),
-            checkpoint_before_stopping(messages),
-        ):
-            trainer.fit()
+        trainer.fit()
     except SystemExit as error:  # how Ray Train answers Ctrl-C, after stopping its workers
         raise KeyboardInterrupt from error
-    except Exception as error:
-        failure = messages.failure()
-        if failure is not None:
+    except (TrainingFailedError, RayError) as error:
+        if (failure := messages.failure()) is not None:
             raise failure from error
-        raise NexusError(
-            f"training failed: {error}", "run the same command again: it continues from the last checkpoint"
-        ) from error
+        attempts.after(error, lost_since(before), steps_reached(checkpoints))
+        return False
+    return True
 
 
 @contextmanager
@@ -178,12 +213,6 @@ def _workers(resources: ResourcesSection) -> int | tuple[int, int]:
     """How many workers, or the fewest and the most."""
     fewest = resources.min_workers
     return resources.workers if fewest in (None, resources.workers) else (fewest, resources.workers)
-
-
-def _requests(resources: ResourcesSection) -> dict[str, float]:
-    """What Ray Train calls the resources of `actor_options`."""
-    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
-    return {names.get(key, key): value for key, value in actor_options(resources).items() if value}
 
 
 def world() -> tuple[int, int]:

@@ -11,9 +11,10 @@ import psutil
 PATIENCE_SECONDS = 300  # of each wait: a busy machine takes minutes to start Ray
 
 
-def start_stage(verb: str, config_path: Path, log: Path) -> subprocess.Popen[bytes]:
-    """`nexus-ray VERB CONFIG`, which starts a Ray of its own; what it prints is added to `log`."""
+def start_stage(verb: str, config_path: Path, log: Path, address: str | None = None) -> subprocess.Popen[bytes]:
+    """`nexus-ray VERB CONFIG` on the cluster at `address`, else on a Ray of its own; its words are added to `log`."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"RAY_ADDRESS": address} if address else {}
     arguments = [sys.executable, "-m", "nexus_ray", verb, str(config_path)]
     with log.open("ab") as output:
         return subprocess.Popen(arguments, env=environment, stdout=output, stderr=output, start_new_session=True)

@@ -1,0 +1,241 @@
+"""A Ray cluster of several nodes on this machine whose nodes and workers are ended at random moments."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from nexus_ray.config import STAGES
+from nexus_ray.layout import RunLayout
+
+logger = logging.getLogger(__name__)
+_OBJECT_STORE_BYTES = 100 * 2**20
+_NODE_PATIENCE_SECONDS = 300  # until a new node has joined
+_IDLE = "IDLE"
+# What works for a stage; other actors of Ray only keep count of them.
+_WORKERS = ("MapWorker", "RayTrainWorker", "TrainController")
+
+
+class Nodes:
+    """A head without CPUs and worker nodes, each a raylet of its own.
+
+    Args:
+        count: of worker nodes.
+        cpus: of each.
+        scratch: directory of Ray's session; short, for the paths of sockets are.
+    """
+
+    def __init__(self, count: int, cpus: int, scratch: Path) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cpus = cpus
+        head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": str(scratch)}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head | _STORE)
+        self._lock = threading.Lock()
+        for _ in range(count):
+            self.add()
+
+    @property
+    def address(self) -> str:
+        """For RAY_ADDRESS."""
+        return str(self._cluster.address)
+
+    def add(self) -> None:
+        """Start another worker node."""
+        with self._lock:
+            node = self._cluster.add_node(num_cpus=self._cpus, wait=False, **_STORE)
+            self._cluster._wait_for_node(node, timeout=_NODE_PATIENCE_SECONDS)
+
+    def kill_one(self, choose: random.Random) -> str | None:
+        """End a worker node's raylet by SIGKILL, which takes its workers; says which, None when there is none."""
+        with self._lock:
+            nodes = sorted(self._cluster.worker_nodes, key=lambda node: str(node.unique_id))
+            if not nodes:
+                return None
+            victim = choose.choice(nodes)
+            self._cluster.remove_node(victim, allow_graceful=False)
+            return str(victim.unique_id)[:8]
+
+    def actors(self) -> list[tuple[str, psutil.Process]]:
+        """(class, process) of every actor on these nodes; Ray writes what a worker runs in its title."""
+        found = []
+        for node in list(self._cluster.list_all_nodes()):
+            for raylet in node.all_processes.get("raylet", ()):
+                found += _actors_of(raylet.process.pid)
+        return found
+
+    def close(self) -> None:
+        """End all nodes."""
+        with self._lock:
+            self._cluster.shutdown()
+
+
+_STORE = {"object_store_memory": _OBJECT_STORE_BYTES}
+
+
+def _actors_of(raylet: int) -> list[tuple[str, psutil.Process]]:
+    found = []
+    with suppress(psutil.Error):
+        for process in psutil.Process(raylet).children():
+            with suppress(psutil.Error):
+                title = (process.cmdline() or [""])[0]
+                kind = title.removeprefix("ray::").split("(")[0].split(".")[0].split(":")[0]
+                if title.startswith("ray::") and kind != _IDLE:
+                    found.append((kind, process))
+    return found
+
+
+@contextmanager
+def cluster(count: int, cpus: int, scratch: Path) -> Iterator[Nodes]:
+    """A cluster for the block."""
+    nodes = Nodes(count, cpus, scratch)
+    try:
+        yield nodes
+    finally:
+        nodes.close()
+
+
+class Census(threading.Thread):
+    """Counts the processes that have worked for a stage, by the class of their actor."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        super().__init__(daemon=True)
+        self._nodes = nodes
+        self._seen: set[tuple[str, int]] = set()
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(0.3):
+            self._seen |= {(kind, process.pid) for kind, process in self._nodes.actors() if kind in _WORKERS}
+
+    def end(self) -> dict[str, int]:
+        """Stop; processes by class."""
+        self._ended.set()
+        self.join()
+        return dict(Counter(kind for kind, _ in self._seen))
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill.
+
+    Attributes:
+        stage: in which it happens.
+        kind: "node" or "process".
+        after: seconds after the stage has started.
+    """
+
+    stage: str
+    kind: str
+    after: float
+
+
+def draw_kills(seconds: dict[str, float], nodes: int, processes: int, choose: random.Random) -> list[Kill]:
+    """Random moments within each stage, which takes so many `seconds` undisturbed: a stage never takes less."""
+    kills = []
+    for stage in seconds:
+        kinds = ["node"] * nodes + ["process"] * processes
+        kills += [Kill(stage, kind, choose.uniform(0.05, 0.9) * seconds[stage]) for kind in kinds]
+    return sorted(kills, key=lambda kill: (STAGES.index(kill.stage), kill.after))
+
+
+def stage_now(layout: RunLayout) -> str | None:
+    """The stage that is being done."""
+    for name in STAGES:
+        if (layout.stages / f"{name}.started.json").exists():
+            return name
+    return None
+
+
+@dataclass
+class Killer(threading.Thread):
+    """Ends nodes and processes as planned, and puts a new node in a lost one's place after a while.
+
+    Attributes:
+        nodes: the cluster.
+        layout: of the run.
+        kills: what is to be done, in order.
+        choose: who is hit, and when a new node comes.
+        pause: seconds until a new node comes, fewest and most.
+        done: what has been done: stage, kind, what was hit, seconds after its stage started.
+    """
+
+    nodes: Nodes
+    layout: RunLayout
+    kills: Sequence[Kill]
+    choose: random.Random
+    pause: tuple[float, float]
+    done: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__(daemon=True)
+        self._ended = threading.Event()
+        self._coming: list[threading.Thread] = []
+
+    __hash__ = threading.Thread.__hash__
+
+    def run(self) -> None:
+        started: dict[str, float] = {}
+        waiting = list(self.kills)
+        while waiting and not self._ended.wait(0.05):
+            stage = stage_now(self.layout)
+            if stage is None:
+                continue
+            began = started.setdefault(stage, time.monotonic())
+            due = [kill for kill in waiting if kill.stage == stage and time.monotonic() - began >= kill.after]
+            for kill in due[:1]:
+                victim = self._node() if kill.kind == "node" else self._process()
+                if victim is not None:
+                    waiting.remove(kill)
+                    self._note(kill, victim, time.monotonic() - began)
+
+    def end(self) -> None:
+        """Stop, after new nodes that are on their way have come."""
+        self._ended.set()
+        self.join()
+        for thread in self._coming:
+            thread.join()
+
+    def _note(self, kill: Kill, victim: str, after: float) -> None:
+        self.done.append({"stage": kill.stage, "kind": kill.kind, "victim": victim, "after_s": round(after, 1)})
+        logger.info("%s: killed %s %s after %.1f s", kill.stage, kill.kind, victim, after)
+
+    def _node(self) -> str | None:
+        victim = self.nodes.kill_one(self.choose)
+        if victim is not None:
+            self._later(self.choose.uniform(*self.pause), self.nodes.add)
+        return victim
+
+    def _process(self) -> str | None:
+        """End a worker of the stage, any of them."""
+        workers = sorted(
+            ((kind, process) for kind, process in self.nodes.actors() if kind in _WORKERS), key=lambda one: one[1].pid
+        )
+        if not workers:
+            return None
+        kind, process = self.choose.choice(workers)
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.Error:
+            return None
+        return kind
+
+    def _later(self, seconds: float, act: Callable[[], None]) -> None:
+        def wait_and_act() -> None:
+            self._ended.wait(seconds)
+            act()
+
+        thread = threading.Thread(target=wait_and_act, daemon=True)
+        thread.start()
+        self._coming.append(thread)

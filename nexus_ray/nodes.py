@@ -1,0 +1,76 @@
+"""What Ray knows of its nodes and workers: which nodes are there, what they can hold, and which workers have died."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+_NOTICED_SECONDS = 30.0  # within which Ray notices that a node is gone: 5 health checks, 3 s apart, and some more
+_OUT_OF_MEMORY_WORDS = ("OutOfMemoryError", "running low on memory")
+OUT_OF_MEMORY_HINT = (
+    "`nexus-ray plan CONFIG` says what a worker needs; resources.memory_gib_per_worker keeps a node from getting more "
+    "workers than it has memory for, fewer resources.workers or smaller batches need less"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a worker was ended because its node was short of memory; Ray has only words for it."""
+    text = f"{type(error).__name__}: {error}"
+    return any(sign in text for sign in _OUT_OF_MEMORY_WORDS)
+
+
+def alive_nodes() -> dict[str, dict[str, float]]:
+    """What each node that is there has in all, by its id."""
+    import ray
+
+    return {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
+
+
+def lost_since(before: Mapping[str, object], patience: float = _NOTICED_SECONDS) -> set[str]:
+    """Nodes that were there `before` and are not any more.
+
+    A worker of a lost node is missed sooner than the node itself: where there are others, it is waited for so long.
+    """
+    deadline = time.monotonic() + (patience if len(before) > 1 else 0)
+    while True:
+        lost = set(before) - set(alive_nodes())
+        if lost or time.monotonic() >= deadline:
+            return lost
+        time.sleep(0.5)
+
+
+def as_resources(options: Mapping[str, float]) -> dict[str, float]:
+    """What nodes call the resources that the options of an actor ask for."""
+    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    return {names.get(name, name): amount for name, amount in options.items() if amount}
+
+
+def places(request: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]]) -> int:
+    """How many workers that each need `request` the nodes could hold, if they did nothing else."""
+    return sum(
+        min((int(has.get(name, 0.0) / amount) for name, amount in request.items()), default=1) for has in nodes.values()
+    )
+
+
+def dead_workers() -> dict[bytes, bool]:
+    """This job's workers that ended untimely on nodes that are still there: by id, whether for want of memory.
+
+    Ray's public interfaces say it of the first death of an actor only by the dashboard, which may not be there.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.common_pb2 import WorkerExitType  # type: ignore[attr-defined]
+    from ray.core.generated.gcs_pb2 import WorkerTableData  # type: ignore[attr-defined]
+
+    job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    found = {}
+    for row in state._connect_and_get_accessor().get_worker_table():
+        worker = WorkerTableData.FromString(row)
+        is_memory = worker.exit_type == WorkerExitType.NODE_OUT_OF_MEMORY
+        if (
+            not worker.is_alive
+            and worker.job_id == job
+            and (is_memory or worker.exit_type == WorkerExitType.SYSTEM_ERROR)
+        ):
+            found[bytes(worker.worker_address.worker_id)] = is_memory
+    return found

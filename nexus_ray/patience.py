@@ -1,0 +1,141 @@
+"""Waiting for workers with a bound: Ray waits for nodes for ever, and restarts for ever what dies as it starts."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from nexus_ray.errors import NexusError
+from nexus_ray.nodes import OUT_OF_MEMORY_HINT, alive_nodes, dead_workers, places
+
+logger = logging.getLogger(__name__)
+_LOOK_SECONDS = 2.0
+_FIRST_WORD_SECONDS, _NEXT_WORD_SECONDS = 60.0, 300.0
+_CONTINUES = "the same command continues"
+
+
+class Patience(threading.Thread):
+    """Looks after the workers of a stage, says when it waits, and interrupts the main thread when that is in vain.
+
+    Args:
+        description: of the stage, for messages.
+        request: what each worker needs, as nodes name it (`CPU`, `GPU`, `memory`, ...).
+        workers: how few of them the stage can do with.
+        minutes: how long there may be no place for those.
+    """
+
+    def __init__(self, description: str, request: Mapping[str, float], workers: int, minutes: float) -> None:
+        super().__init__(daemon=True, name="patience")
+        self.description = description
+        self.request = request
+        self.workers = workers
+        self.minutes = minutes
+        self.verdict: NexusError | None = None
+        self._ended = threading.Event()
+        self._nodes: Mapping[str, Mapping[str, float]] = {}
+        self._waiting_since: float | None = None
+        self._told = 0.0
+        self._most_deaths: int | None = None
+        self._forgiven = dead_workers()
+        self._progress = threading.Event()
+
+    def may_die(self, most: int) -> None:
+        """Say that something has been finished: until the next time no more than so many workers may die."""
+        self._most_deaths = most
+        self._progress.set()
+
+    def run(self) -> None:
+        """Look until it ends, or until there is a verdict."""
+        while not self._ended.wait(_LOOK_SECONDS):
+            self.verdict = self._without_place() or self._without_progress()
+            if self.verdict is not None:
+                _interrupt_main_thread()
+                return
+
+    def end(self) -> None:
+        """Stop looking."""
+        self._ended.set()
+        self.join()
+
+    def _without_place(self) -> NexusError | None:
+        """The verdict on the nodes that are there."""
+        self._nodes, now = alive_nodes(), time.monotonic()
+        held = places(self.request, self._nodes)
+        if held >= self.workers:
+            self._waiting_since, self._told = None, 0.0
+            return None
+        self._waiting_since = self._waiting_since or now
+        waited = now - self._waiting_since
+        what = f"no place for {_needs(self.workers, self.request)}; the {len(self._nodes)} nodes could hold {held}"
+        if waited >= self.minutes * 60:
+            return NexusError(
+                f"{self.description}: for {self.minutes:g} minutes there was {what}",
+                "look why the cluster brings no node (`ray status`), ask for less with `resources`, or raise "
+                f"resources.max_wait_minutes; {_CONTINUES}",
+            )
+        if waited >= self._told + (_NEXT_WORD_SECONDS if self._told else _FIRST_WORD_SECONDS):
+            self._told = waited
+            logger.warning(
+                "%s waits for nodes: %s (it waits %g minutes at most, so far %.0f)",
+                self.description, what, self.minutes, waited / 60,
+            )  # fmt: skip
+        return None
+
+    def _without_progress(self) -> NexusError | None:
+        """The verdict on workers that die before they have done anything."""
+        if self._most_deaths is None:
+            return None
+        if self._progress.is_set():
+            self._progress.clear()
+            self._forgiven = dead_workers()
+            return None
+        deaths = [is_memory for worker, is_memory in dead_workers().items() if worker not in self._forgiven]
+        if len(deaths) < max(1, self._most_deaths):
+            return None
+        if any(deaths):
+            what = f"{sum(deaths)} workers ran out of memory, and none has finished anything since"
+            return NexusError(f"{self.description}: {what}", f"{OUT_OF_MEMORY_HINT}; {_CONTINUES}")
+        return NexusError(
+            f"{self.description}: {len(deaths)} workers died, and none has finished anything since",
+            f"their logs, in Ray's session directory on the nodes, say why (`ray logs`); {_CONTINUES}",
+        )
+
+
+@contextmanager
+def patience(description: str, request: Mapping[str, float], workers: int, minutes: float) -> Iterator[Patience]:
+    """A `Patience` for the block; only the main thread can be interrupted, so elsewhere it does not look.
+
+    Raises:
+        NexusError: the wait was in vain; says for what.
+    """
+    watch = Patience(description, request, workers, minutes)
+    if threading.current_thread() is not threading.main_thread():
+        yield watch
+        return
+    watch.start()
+    try:
+        yield watch
+    except BaseException as error:
+        if watch.verdict is not None:
+            raise watch.verdict from error
+        raise
+    finally:
+        watch.end()
+
+
+def _needs(workers: int, request: Mapping[str, float]) -> str:
+    """What is waited for, in words."""
+    each = ", ".join(f"{amount:g} {name}" for name, amount in request.items()) or "nothing"
+    return f"{workers} workers of {each} each" if workers > 1 else f"a worker of {each}"
+
+
+def _interrupt_main_thread() -> None:
+    """Do what Ctrl-C does; a signal also ends a wait for a lock, which `_thread.interrupt_main` does not."""
+    handled = (number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number)))
+    number = next(handled, None)
+    if number is not None:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
