@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -13,16 +14,19 @@ from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from object_store import BUCKET, ObjectStore, Request
 from regression import STEPS, Regression, events, train
+from tensorboardX.proto.event_pb2 import Event
 
 from nexus_ray.errors import StorageError
 from nexus_ray.layout import RunLayout
-from nexus_ray.storage import Place, local_directory
+from nexus_ray.storage import Place, local_directory, read_bytes
+from nexus_ray.storage.objects import listed
 from nexus_ray.storage.published import published
 from nexus_ray.training.loop import run_steps
 from nexus_ray.training.recovery import newest, steps_reached
 from nexus_ray.training.settings import LoopSettings
-from nexus_ray.training.watching import stored_lines
+from nexus_ray.training.watching import mirrored, stored_lines
 from nexus_ray.training.watching.metrics import read_metrics
+from nexus_ray.training.watching.mirrored import Mirrored
 
 pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.timeout(300)]
 Make = Callable[..., LoopSettings]
@@ -242,3 +246,57 @@ class TestMetrics:
 
         with object_store.refusing(refused), pytest.raises(StorageError, match=r"metrics\.jsonl"):
             train(made)
+
+
+class TestTensorBoard:
+    def events(self, layout: RunLayout) -> list[Event]:
+        """Of all files in the store, in the order of their making; by the format: length, checksum, data, checksum."""
+        found = []
+        for name, _ in sorted(listed(layout.tensorboard).items(), key=lambda item: item[1]["LastModified"]):
+            data = read_bytes(layout.tensorboard / name)
+            while data:
+                (length,) = struct.unpack("<Q", data[:8])
+                found.append(Event.FromString(data[12 : 12 + length]))
+                data = data[16 + length :]
+        return found
+
+    def test_its_files_are_in_the_store_and_a_resumed_training_adds_one(self, stored: Make):
+        train(stored(), stop_before=8)
+        train(stored())
+        events = self.events(stored().layout)
+        losses = {event.step: value.simple_value for event in events for value in event.summary.value if is_loss(value)}
+        told = {r["step"]: r["loss"] for r in read_metrics(stored().layout.metrics) if r["event"] == "step"}
+        assert losses == pytest.approx(told)
+        assert [event.step for event in events if event.HasField("session_log")] == [6]
+
+    def test_files_go_there_while_training_goes_on(self, remote: Place, monkeypatch):
+        monkeypatch.setattr(mirrored, "_INTERVAL_SECONDS", 0.0)
+        monkeypatch.setattr(mirrored, "_SHARE", 0)
+        files = Mirrored(remote)
+        for content in (b"one", b"one two"):
+            (files.directory / "events").write_bytes(content)
+            files.copy_if_due()
+            assert read_bytes(remote / "events") == content
+        directory = files.directory
+        files.close()
+        assert not directory.exists()
+
+    def test_a_store_that_refuses_them_costs_a_warning_and_no_training(
+        self, stored: Make, object_store: ObjectStore, whole, monkeypatch
+    ):
+        monkeypatch.setenv("NEXUS_RAY_STORAGE_DEADLINE", "0.2")
+        with object_store.refusing(lambda request: request.method == "PUT" and "tensorboard" in request.path):
+            train(stored())
+        assert_ends_alike(stored(), whole)
+        (warning,) = [record for record in read_metrics(stored().layout.metrics) if record["event"] == "warning"]
+        assert warning["kind"] == "tracker/TensorBoard"
+        assert str(stored().layout.tensorboard) in warning["message"]
+
+    def test_a_new_training_starts_with_none(self, stored: Make):
+        train(stored(), stop_before=2)
+        train(stored())
+        assert len(listed(stored().layout.tensorboard)) == 1
+
+
+def is_loss(value: Any) -> bool:
+    return value.HasField("simple_value") and bool(value.tag == "train/loss")
