@@ -26,6 +26,7 @@ from nexus_ray.config import STAGES, Config, flatten_values, save_config
 from nexus_ray.data.sources import describe_files
 from nexus_ray.data.vocabulary import tokenizer_files
 from nexus_ray.errors import ConfigError, NexusError
+from nexus_ray.heartbeat import doing
 from nexus_ray.layout import RunLayout
 from nexus_ray.stages import BY_NAME
 from nexus_ray.storage import digest, make_directory, read_json, sha256_file, write_json
@@ -191,7 +192,8 @@ def _run_stage(run: Run, name: str, *, afresh: bool = False, replaced: Iterable[
     _record_path(run.layout, name).unlink(missing_ok=True)  # of outputs that are about to change
     logger.info("%s: started", name)
     begin = time.monotonic()
-    stage.run(run, recipe)
+    with doing(name):
+        stage.run(run, recipe)
     seconds = round(time.monotonic() - begin, 2)
     record = {
         "stage": name,
