@@ -68,4 +68,4 @@ def load(
 def _is_in_copy_of_working_directory(place: Place) -> bool:
     """Whether it is below the directory that a job starts in, where Ray unpacks what was submitted."""
     here = Path.cwd()
-    return _RAYS_COPIES in here.parts and not is_remote(place) and here in Path(place).resolve().parents
+    return _RAYS_COPIES in here.parts and not is_remote(place) and here in place.resolve().parents
