@@ -23,6 +23,7 @@ from nexus_ray.config import STAGES, Config, flatten_values, save_config
 from nexus_ray.data.sources import describe_files
 from nexus_ray.data.vocabulary import tokenizer_files
 from nexus_ray.errors import ConfigError
+from nexus_ray.heartbeat import doing
 from nexus_ray.layout import RunLayout
 from nexus_ray.observing import record, telling, telling_stage
 from nexus_ray.run_lock import RunLock, locked
@@ -192,7 +193,7 @@ def _run_stage(run: Run, name: str, lock: RunLock, *, afresh: bool = False, repl
     remove(_record_path(run.layout, name))  # of outputs that are about to change
     logger.info("%s: started", name)
     begin = time.monotonic()
-    with telling_stage(name, recipe, continued=continued) as tally:
+    with telling_stage(name, recipe, continued=continued) as tally, doing(name):
         stage.run(run, recipe)
         outputs = _sizes(run.layout, name)
         tally.bytes = sum(size for size in outputs.values() if size > 0)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
@@ -26,6 +27,7 @@ from nexus_ray.errors import ConfigError, NexusError
 from nexus_ray.generation.request import BASE
 from nexus_ray.generation.serving import load_assistant, overlays_of, require_overlays
 from nexus_ray.storage import PlaceField
+from nexus_ray.versions import driver_versions, require_same
 from serve.api import build_api
 from serve.guard.keys import KeyFile, keys_of_environment
 from serve.service import Service
@@ -54,7 +56,8 @@ class Overlays(Section):
 class ChatReplica:
     """One loaded base with its overlays, and its HTTP interface."""
 
-    def __init__(self, config: Config, keys: dict[str, str]) -> None:
+    def __init__(self, config: Config, keys: dict[str, str], driver: dict[str, str] | None = None) -> None:
+        require_same(driver or {}, ray.util.get_node_ip_address())
         set_worker_threads(config.resources)
         _log_to_stderr()
         self._section = config.serve
@@ -124,7 +127,7 @@ def application(config: Config) -> Application:
         max_queued_requests=_MOST_QUEUED,
         max_ongoing_requests=config.serve.max_concurrent_requests + _ROOM_FOR_REFUSALS,
         graceful_shutdown_timeout_s=config.serve.drain_seconds,
-    ).bind(config, keys)
+    ).bind(config, keys, driver_versions())
     return bound
 
 

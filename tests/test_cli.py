@@ -154,3 +154,15 @@ def test_the_last_line_is_where_the_artefacts_lie(config_file: Path, tmp_path: P
     people, programs = capsys.readouterr().out.splitlines()
     assert people == f"done: overlay {overlay}"
     assert json.loads(programs) == {"done": "train", "artefacts": {"overlay": str(overlay)}}
+
+
+@pytest.mark.parametrize(("directory", "warned"), [("runs/a", True), ("/elsewhere/a", False)])
+def test_a_job_whose_run_directory_is_in_rays_copy_of_the_working_directory_is_told(
+    directory: str, warned: bool, config_file: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    copy = tmp_path / "working_dir_files" / "_ray_pkg_0"
+    copy.mkdir(parents=True)
+    monkeypatch.setattr("nexus_ray.pipeline.run_single_stage", lambda *_, **__: None)
+    monkeypatch.chdir(copy)
+    assert run_command(["train", str(config_file), f"run.directory={directory}"]) == 0
+    assert (f"WARNING run.directory={directory} is in the copy" in _error(capsys)) == warned

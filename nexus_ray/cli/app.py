@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,11 @@ from rich.console import Console
 from nexus_ray.config import Resolved, SectionT, resolve_config
 from nexus_ray.console import setup_logging
 from nexus_ray.errors import ConfigError
-from nexus_ray.storage import Place, place_of
+from nexus_ray.storage import Place, is_remote, place_of
 
+logger = logging.getLogger(__name__)
 output = Console()
+_RAYS_COPIES = "working_dir_files"  # in the path of every working directory that Ray unpacks
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, e.g. configs/demo.yaml")]
 Overrides = Annotated[
@@ -51,7 +54,22 @@ def load(
 ) -> Resolved[SectionT]:
     """Set up logging and read a configuration; `strict` sets data.strict."""
     setup_logging(verbose=verbose, quiet=quiet)
-    return resolve_config(path, [*(overrides or []), *(["data.strict=true"] if strict else [])], schema)
+    resolved = resolve_config(path, [*(overrides or []), *(["data.strict=true"] if strict else [])], schema)
+    run = getattr(resolved.config, "run", None)
+    if run is not None and _is_in_copy_of_working_directory(run.directory):
+        logger.warning(
+            "run.directory=%s is in the copy of the working directory that Ray has made for this job: other nodes do "
+            "not see it, and neither will the next job. Name a place that they share: run.directory=s3://BUCKET/RUN, "
+            "or an absolute path",
+            run.directory,
+        )
+    return resolved
+
+
+def _is_in_copy_of_working_directory(place: Place) -> bool:
+    """Whether it is below the directory that a job starts in, where Ray unpacks what was submitted."""
+    here = Path.cwd()
+    return _RAYS_COPIES in here.parts and not is_remote(place) and here in place.resolve().parents
 
 
 def place(text: str) -> Place:

@@ -51,14 +51,16 @@ class PrivateCluster:
         removed = ("RAY_ADDRESS", "PYTHONPATH")  # workers must find the code by themselves
         self.environment = {name: value for name, value in os.environ.items() if name not in removed}
         self.environment |= {"RAY_AUTH_MODE": "disabled", "RAY_API_SERVER_ADDRESS": self.url}
+        # On a machine that is busy with other tests a node may not answer for a while; it is not lost.
+        self.environment |= {"RAY_health_check_timeout_ms": "60000", "RAY_health_check_failure_threshold": "10"}
         self.command = [*RAY, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
         self.command += [f"--dashboard-agent-listen-port={agent}", "--num-cpus=4", f"--temp-dir={self.directory}"]
+        self._said = Path(self.directory) / "ray-start.log"
         self.command += ["--disable-usage-stats", "--object-store-memory=200000000"]
 
     def __enter__(self) -> PrivateCluster:
-        self.process = subprocess.Popen(
-            self.command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        with self._said.open("wb") as said:
+            self.process = subprocess.Popen(self.command, env=self.environment, stdout=said, stderr=said)
         wait_until(lambda: self._answers("/api/jobs/"), "the dashboard answers")
         return self
 
@@ -113,14 +115,14 @@ class PrivateCluster:
         done = subprocess.run(
             command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:] + self._said.read_text()[-2000:]
 
     def _get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url + path, timeout=PATIENCE_SECONDS) as answer:
             return json.load(answer)
 
     def _answers(self, path: str) -> bool:
-        assert self.process.poll() is None, "the cluster did not start"
+        assert self.process.poll() is None, f"the cluster did not start: {self._said.read_text()[-2000:]}"
         try:
             self._get(path)
         except (urllib.error.URLError, OSError):
