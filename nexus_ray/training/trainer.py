@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nexus_ray.cluster import actor_options, ensure_ray
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
-from nexus_ray.nodes import alive_nodes, as_resources, lost_since
+from nexus_ray.nodes import alive_nodes, as_resources, lost_since, seconds_to_notice
 from nexus_ray.patience import patience
 from nexus_ray.storage import make_directory, read_json, write_json
 from nexus_ray.training.recovery import steps_reached
@@ -111,7 +111,8 @@ def _attempt(trainer: Any, error_file: Path, attempts: Attempts, checkpoints: Pa
     except (TrainingFailedError, RayError) as error:
         if error_file.exists():
             raise error_from_record(read_json(error_file, what="error record", hint="run again")) from error
-        attempts.after(error, lost_since(before), steps_reached(checkpoints))
+        lost = lost_since(before, seconds_to_notice(error))
+        attempts.after(error, lost, steps_reached(checkpoints))
         return False
     return True
 
