@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,7 @@ class Kill:
 
     Attributes:
         stage: in which it happens.
-        kind: "node" or "process".
+        kind: "node", "process" or "driver".
         after: seconds after the stage has started.
     """
 
@@ -141,11 +142,11 @@ class Kill:
     after: float
 
 
-def draw_kills(seconds: dict[str, float], nodes: int, processes: int, choose: random.Random) -> list[Kill]:
-    """Random moments within each stage, which takes so many `seconds` undisturbed: a stage never takes less."""
+def draw_kills(seconds: dict[str, float], counts: Mapping[str, int], choose: random.Random) -> list[Kill]:
+    """So many kills of each kind at random moments within each stage, which takes so many `seconds` undisturbed."""
     kills = []
     for stage in seconds:
-        kinds = ["node"] * nodes + ["process"] * processes
+        kinds = [kind for kind, count in counts.items() for _ in range(count)]
         kills += [Kill(stage, kind, choose.uniform(0.05, 0.9) * seconds[stage]) for kind in kinds]
     return sorted(kills, key=lambda kill: (STAGES.index(kill.stage), kill.after))
 
@@ -168,6 +169,7 @@ class Killer(threading.Thread):
         kills: what is to be done, in order.
         choose: who is hit, and when a new node comes.
         pause: seconds until a new node comes, fewest and most.
+        driver: the process of the command, once it runs.
         done: what has been done: stage, kind, what was hit, seconds after its stage started.
     """
 
@@ -176,6 +178,7 @@ class Killer(threading.Thread):
     kills: Sequence[Kill]
     choose: random.Random
     pause: tuple[float, float]
+    driver: subprocess.Popen[bytes] | None = None
     done: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -195,7 +198,7 @@ class Killer(threading.Thread):
             began = started.setdefault(stage, time.monotonic())
             due = [kill for kill in waiting if kill.stage == stage and time.monotonic() - began >= kill.after]
             for kill in due[:1]:
-                victim = self._node() if kill.kind == "node" else self._process()
+                victim = {"node": self._node, "process": self._process, "driver": self._driver}[kill.kind]()
                 if victim is not None:
                     waiting.remove(kill)
                     self._note(kill, victim, time.monotonic() - began)
@@ -230,6 +233,13 @@ class Killer(threading.Thread):
         except psutil.Error:
             return None
         return kind
+
+    def _driver(self) -> str | None:
+        """End the command itself."""
+        if self.driver is None or self.driver.poll() is not None:
+            return None
+        self.driver.kill()
+        return "driver"
 
     def _later(self, seconds: float, act: Callable[[], None]) -> None:
         def wait_and_act() -> None:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _chaos import Census, Killer, cluster, draw_kills
+from _chaos import Census, Killer, Nodes, cluster, draw_kills
 from _common import command_line, print_result
 
 from nexus_ray.errors import NexusError
@@ -83,7 +83,9 @@ def _bytes_of(path: Path) -> str:
     return digest(json.loads(path.read_text())["evaluation"]) if path.name == "report.json" else sha256_file(path)
 
 
-def run_command(arguments: argparse.Namespace, layout: RunLayout, address: str, log: Path) -> int:
+def run_command(
+    arguments: argparse.Namespace, layout: RunLayout, address: str, log: Path, killer: Killer | None
+) -> int:
     """`nexus-ray run` in a process of its own, as a submitted job is; given again when its process is killed.
 
     Returns:
@@ -99,6 +101,8 @@ def run_command(arguments: argparse.Namespace, layout: RunLayout, address: str, 
     for number in range(1, _MOST_COMMANDS + 1):
         with log.open("ab") as output:
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=ROOT)
+        if killer is not None:
+            killer.driver = process
         try:
             code = process.wait(arguments.timeout * 60)
         except subprocess.TimeoutExpired as error:
@@ -132,23 +136,26 @@ def disturbed(
     """The run whose nodes and workers are killed."""
     layout = RunLayout(folder / "disturbed")
     choose = random.Random(arguments.seed)
-    kills = draw_kills(seconds, arguments.node_kills, arguments.process_kills, choose)
+    counts = {"node": arguments.node_kills, "process": arguments.process_kills, "driver": arguments.driver_kills}
+    kills = draw_kills(seconds, counts, choose)
     with cluster(arguments.nodes, 1, arguments.scratch) as nodes:
         killer = Killer(nodes, layout, kills, choose, (arguments.pause, 3 * arguments.pause))
         killer.start()
         try:
-            result = watched(arguments, layout, nodes, folder / "disturbed.log")
+            result = watched(arguments, layout, nodes, folder / "disturbed.log", killer)
         finally:
             killer.end()
     return layout, result | {"kills": killer.done, "planned": len(kills)}
 
 
-def watched(arguments: argparse.Namespace, layout: RunLayout, nodes: Any, log: Path) -> dict[str, Any]:
+def watched(
+    arguments: argparse.Namespace, layout: RunLayout, nodes: Nodes, log: Path, killer: Killer | None = None
+) -> dict[str, Any]:
     """Run it; duration in seconds, commands given, processes by class, and where training went on from."""
     census = Census(nodes)
     census.start()
     began = time.monotonic()
-    commands = run_command(arguments, layout, nodes.address, log)
+    commands = run_command(arguments, layout, nodes.address, log, killer)
     seconds = time.monotonic() - began
     resumed = [record["step"] for record in read_metrics(layout.metrics) if record["event"] == "resume"]
     return {"seconds": seconds, "commands": commands, "processes": census.end(), "resumed_at_steps": resumed}
@@ -179,8 +186,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "kills": len(noisy["kills"]),
-        "kills_by_stage": {stage: {kind: kinds[stage, kind] for kind in ("node", "process")} for stage in seconds},
-        "victims": dict(Counter(kill["victim"] if kill["kind"] == "process" else "node" for kill in noisy["kills"])),
+        "kills_by_stage": {
+            stage: {kind: kinds[stage, kind] for kind in ("node", "process", "driver")} for stage in seconds
+        },
+        "victims": dict(Counter("node" if kill["kind"] == "node" else kill["victim"] for kill in noisy["kills"])),
         "planned_kills": noisy["planned"],
         "restarts": {
             "commands": noisy["commands"] - 1,
@@ -202,6 +211,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of who is hit (default 0)")
     parser.add_argument("--node-kills", type=int, default=1, help="in each stage (default 1)")
     parser.add_argument("--process-kills", type=int, default=2, help="in each stage (default 2)")
+    parser.add_argument(
+        "--driver-kills", type=int, default=0, help="in each stage, of the command, which is given again (default 0)"
+    )
     parser.add_argument("--nodes", type=int, default=3, help="worker nodes (default 3)")
     parser.add_argument("--workers", type=int, default=2, help="resources.workers (default 2)")
     parser.add_argument("--pause", type=float, default=4, help="fewest seconds until a new node comes (default 4)")

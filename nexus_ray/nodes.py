@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-_NOTICED_SECONDS = 30.0  # within which Ray notices that a node is gone: 5 health checks, 3 s apart, and some more
+NOTICED_SECONDS = 30.0  # within which Ray notices that a node is gone: 5 health checks, 3 s apart, and some more
+_SHUTDOWN_SECONDS = 10.0  # between the end of a worker and that of its node, where a node is shut down
+_NODE_LIVES_WORDS = ("its worker process has died", "running low on memory")  # only a node that lives can tell
 _OUT_OF_MEMORY_WORDS = ("OutOfMemoryError", "running low on memory")
 OUT_OF_MEMORY_HINT = (
     "`nexus-ray plan CONFIG` says what a worker needs; resources.memory_gib_per_worker keeps a node from getting more "
@@ -26,7 +28,12 @@ def alive_nodes() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
 
 
-def lost_since(before: Mapping[str, object], patience: float = _NOTICED_SECONDS) -> set[str]:
+def seconds_to_notice(error: BaseException) -> float:
+    """How long it may take until a node is known to be lost whose loss has caused an error."""
+    return _SHUTDOWN_SECONDS if any(words in str(error) for words in _NODE_LIVES_WORDS) else NOTICED_SECONDS
+
+
+def lost_since(before: Mapping[str, object], patience: float = NOTICED_SECONDS) -> set[str]:
     """Nodes that were there `before` and are not any more.
 
     A worker of a lost node is missed sooner than the node itself: where there are others, it is waited for so long.

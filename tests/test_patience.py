@@ -11,7 +11,7 @@ import pytest
 
 from nexus_ray import nodes, patience
 from nexus_ray.errors import NexusError
-from nexus_ray.nodes import as_resources, lost_since, places
+from nexus_ray.nodes import as_resources, lost_since, places, seconds_to_notice
 
 GIB = float(2**30)
 
@@ -64,6 +64,12 @@ def test_a_node_that_is_noticed_late_counts_as_lost(cluster: Cluster) -> None:
     cluster.nodes = {"head": {}, "worker": {}}
     threading.Timer(0.2, cluster.nodes.pop, ["worker"]).start()
     assert lost_since(before, patience=20) == {"worker"}
+
+
+def test_what_a_node_has_told_itself_is_waited_for_less_long() -> None:
+    told = RuntimeError("The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR")
+    missed = RuntimeError("[gloo] Connection closed by peer")
+    assert seconds_to_notice(told) < seconds_to_notice(missed)
 
 
 def test_without_other_nodes_nothing_is_waited_for(cluster: Cluster) -> None:

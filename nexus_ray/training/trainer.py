@@ -25,7 +25,7 @@ from nexus_ray.cluster import actor_options, begin_as_worker, ensure_ray, needs
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError
 from nexus_ray.heartbeat import doing
-from nexus_ray.nodes import alive_nodes, as_resources, lost_since
+from nexus_ray.nodes import alive_nodes, as_resources, lost_since, seconds_to_notice
 from nexus_ray.observing import Origin, origin, telling_from
 from nexus_ray.observing.links import tell_training
 from nexus_ray.observing.trainings import failure_callback
@@ -127,7 +127,8 @@ def _attempt(trainer: Any, messages: Messages, attempts: Attempts, checkpoints: 
     except (TrainingFailedError, RayError) as error:
         if (failure := messages.failure()) is not None:
             raise failure from error
-        attempts.after(error, lost_since(before), steps_reached(checkpoints))
+        lost = lost_since(before, seconds_to_notice(error))
+        attempts.after(error, lost, steps_reached(checkpoints))
         return False
     return True
 
