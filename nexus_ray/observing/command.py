@@ -12,6 +12,7 @@ import platform
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from nexus_ray.storage import Place, digest, is_remote
 
 INTERRUPTED = 130  # what shells expect after Ctrl-C
 _PACKAGES = ("nexus-ray", "ray", "torch", "transformers")
+# A sign of life each 15 s, later each time another 2 % has gone by: a day has about 300.
+_ALIVE_SECONDS, _ALIVE_SHARE, _ALIVE_SECONDS_MOST = 15.0, 0.02, 600.0
 
 
 @dataclass
@@ -94,7 +97,7 @@ def telling(directory: Place, config: Section | None = None) -> Iterator[None]:
     package = logging.getLogger("nexus_ray")
     package.addHandler(warnings)
     try:
-        with labelled(run=directory.name):
+        with labelled(run=directory.name), _signs_of_life(telling.file):
             record("command", **_how(), run=str(directory), config=_digest(config))
             yield
     except BaseException as error:
@@ -105,6 +108,24 @@ def telling(directory: Place, config: Section | None = None) -> Iterator[None]:
     finally:
         package.removeHandler(warnings)
         _current = None
+
+
+@contextmanager
+def _signs_of_life(file: EventFile) -> Iterator[None]:
+    """Record now and then that the command lives: of one that is killed, that is how long it has."""
+    ended = threading.Event()
+
+    def live() -> None:
+        while not ended.wait(min(max(_ALIVE_SECONDS, _ALIVE_SHARE * file.offset), _ALIVE_SECONDS_MOST)):
+            file.write("alive")
+
+    thread = threading.Thread(target=live, name="signs of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _begin(directory: Place, secrets: tuple[str, ...]) -> _Telling:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from nexus_ray import pipeline
 from nexus_ray.cli import run_command
 from nexus_ray.config import Config, load_config
 from nexus_ray.errors import ConfigError, NexusError
-from nexus_ray.observing import origin, record, telling, telling_from, telling_stage
+from nexus_ray.observing import command, origin, record, telling, telling_from, telling_stage
 from nexus_ray.observing.command import exit_code, record_signal
 from nexus_ray.observing.event_files import Event, read_events
+from nexus_ray.observing.story import tell
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 TRACKER = "http://bob:hunter2@tracker:5000"
@@ -113,6 +115,20 @@ def test_a_stage_tells_what_it_did_and_how_it_ended(tmp_path: Path):
     assert stages[1].items() >= {"stage": "collect", "recipe": "r", "tokens": 1000, "bytes": 77}.items()
     assert stages[1]["tokens_per_second"] > 0
     assert stages[3]["message"].startswith("it diverges")
+
+
+def test_signs_of_life_say_how_long_a_command_lived_that_could_not_say_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(command, "_ALIVE_SECONDS", 0.01)
+    with telling(tmp_path):
+        deadline = time.monotonic() + 30
+        while len(of_kind(tmp_path, "alive")) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        killed = read_events(tmp_path)
+    assert killed[-1]["event"] == "alive"
+    [told] = tell(killed)
+    assert told.seconds == killed[-1]["offset"] > 0
 
 
 def test_events_jsonl_is_there_when_a_stage_has_ended(tmp_path: Path):
