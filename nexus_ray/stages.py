@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from nexus_ray.config import Config, Section
 from nexus_ray.layout import RunLayout
 from nexus_ray.storage import Place
-from nexus_ray.training.local import local_only
 
 if TYPE_CHECKING:
     from nexus_ray.pipeline import Run
@@ -180,7 +179,7 @@ def _check_training(run: Run) -> None:
 def _unfinished_training(layout: RunLayout) -> str:
     from nexus_ray.training.recovery import steps_reached
 
-    steps = steps_reached(local_only(layout.checkpoints))
+    steps = steps_reached(layout.checkpoints)
     return f"a training that has reached step {steps}" if steps else ""
 
 

@@ -20,8 +20,9 @@ _HELD_BATCHES = READ_AHEAD + 1  # micro-batches in the memory of the host, decod
 def training_needs(worker: Worker) -> StageNeeds:
     """Training: the worst of its micro-batches at each moment, and the optimiser's step."""
     targets, moved = _targets(worker)
-    checkpoint = checkpoint_bytes(worker.config, worker.overlay)
-    writing = Part("checkpoint", checkpoint, "a copy, while it is written", worker.overlay.largest * FLOAT32)
+    checkpoint = checkpoint_bytes(worker.config, worker.overlay) + best_bytes(worker.overlay)
+    note = "copies, of it and of the best weights, while they are written"
+    writing = Part("checkpoint", checkpoint, note, worker.overlay.largest * FLOAT32)
     always = (*worker.fixed(), *_state(worker), *((*targets, writing) if worker.device == "cpu" else (moved,)))
     phases = [phase("optimiser step", *always, *_gradients(worker), _optimiser_working(worker))]
     batches = micro_batches(worker.config)

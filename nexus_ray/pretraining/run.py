@@ -21,12 +21,11 @@ from nexus_ray.pipeline import differing_settings
 from nexus_ray.pretraining.model import build_config, new_model
 from nexus_ray.pretraining.task import pretrain_worker
 from nexus_ray.run_lock import locked
-from nexus_ray.storage import read_json, write_json
+from nexus_ray.storage import exists, read_json, write_json
 from nexus_ray.targets.writing.job import job_of_text
 from nexus_ray.targets.writing.precompute import precompute
 from nexus_ray.training import trainer
 from nexus_ray.training.checkpointing import load_checkpoint
-from nexus_ray.training.local import local_only
 from nexus_ray.training.optimiser import check_optimiser
 from nexus_ray.training.recovery import steps_reached
 
@@ -67,9 +66,8 @@ def pretrain(run: PretrainRun) -> Path:
         trainer.run_distributed(
             pretrain_worker,
             {"run": run.model_dump(mode="json")},
-            local_only(layout.training),
+            layout.training,
             run.resources,
-            metrics=local_only(layout.metrics),
             steps=run.pretrain.steps,
         )
         return export(run, layout)
@@ -89,8 +87,8 @@ def _refuse_other_settings(run: PretrainRun, layout: RunLayout) -> None:
             "run": {"seed": run.run.seed},
         }
     )
-    reached = steps_reached(local_only(layout.checkpoints))
-    if marker.exists() and reached:
+    reached = steps_reached(layout.checkpoints)
+    if reached and exists(marker):
         changed = differing_settings(read_json(marker, what="settings", hint=f"delete {marker}"), now)
         if changed:
             raise ConfigError(
@@ -107,7 +105,7 @@ def export(run: PretrainRun, layout: RunLayout) -> Path:
     model = new_model(
         build_config(section.architecture, AutoTokenizer.from_pretrained(section.tokenizer)), run.run.seed
     )
-    state = load_checkpoint(local_only(layout.best), dict(model.named_parameters()))
+    state = load_checkpoint(layout.best, dict(model.named_parameters()))
     model.to(torch.bfloat16)
     export_mxfp4(model, section.tokenizer, section.output)
     loaded = load_base(ModelSection(path=section.output, device="cpu"))

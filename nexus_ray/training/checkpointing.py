@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nexus_ray.errors import ArtefactError, StorageError
-from nexus_ray.storage import atomic_directory, sha256_file
+from nexus_ray.storage import Place, atomic_directory, local_directory, sha256_file
 from nexus_ray.training.optimiser import optimiser_tensors, restore_optimiser
 
 _TENSORS = "state.safetensors"
@@ -69,11 +69,11 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def write_snapshot(directory: Path, snapshot: Snapshot) -> None:
+def write_snapshot(directory: Place, snapshot: Snapshot) -> None:
     """Write a checkpoint directory atomically; what stands there is replaced.
 
     Raises:
-        StorageError: the file system refused; what stood there stays.
+        StorageError: the file system or the object store refused; what stood there stays.
     """
     with atomic_directory(directory) as temporary:
         _save(dict(snapshot.tensors), temporary / _TENSORS)
@@ -90,16 +90,22 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(int(found[1]) if found else errno.EIO, str(error)) from error
 
 
-def read_state(directory: Path) -> dict[str, Any]:
+def read_state(directory: Place) -> dict[str, Any]:
     """The `state` of a checkpoint whose tensors are as they were written.
 
     Raises:
         ArtefactError: the checkpoint is missing or damaged.
-        StorageError: the file system would not let it be read now.
+        StorageError: the file system or the object store would not let it be read now.
     """
+    return _read(directory)[0]
+
+
+def _read(directory: Place) -> tuple[dict[str, Any], Path]:
+    """The state, and the file of the tensors on this node."""
     try:
-        state: dict[str, Any] = json.loads((directory / _STATE).read_text())
-        whole = state.pop("sha256") == sha256_file(directory / _TENSORS)
+        local = local_directory(directory)
+        state: dict[str, Any] = json.loads((local / _STATE).read_text())
+        whole = state.pop("sha256") == sha256_file(local / _TENSORS)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, AttributeError) as error:
         raise _unreadable(directory, error) from error
     except OSError as error:
@@ -109,11 +115,11 @@ def read_state(directory: Path) -> dict[str, Any]:
         ) from error
     if not whole:
         raise _unreadable(directory, "its tensors are not the ones that were written")
-    return state
+    return state, local / _TENSORS
 
 
 def load_checkpoint(
-    directory: Path,
+    directory: Place,
     parameters: Mapping[str, nn.Parameter],
     optimiser: torch.optim.Optimizer | None = None,
     extra: Mapping[str, Tensor] | None = None,
@@ -126,9 +132,9 @@ def load_checkpoint(
     Raises:
         ArtefactError: the checkpoint is damaged or belongs to other parameters; nothing is changed then.
     """
-    state = read_state(directory)
+    state, file = _read(directory)
     try:
-        tensors = load_file(directory / _TENSORS)
+        tensors = load_file(file)
     except Exception as error:  # safetensors raises its own types
         raise _unreadable(directory, error) from error
     wanted: dict[str, Tensor] = {f"{_PARAMETER}{name}": parameter for name, parameter in parameters.items()}
@@ -143,7 +149,7 @@ def load_checkpoint(
     return state
 
 
-def _check(directory: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def _check(directory: Place, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Refuse a checkpoint that lacks a tensor or has it in another shape."""
     for name, tensor in wanted.items():
         if name not in found or found[name].shape != tensor.shape:
@@ -153,5 +159,5 @@ def _check(directory: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Te
             )
 
 
-def _unreadable(directory: Path, reason: object) -> ArtefactError:
+def _unreadable(directory: Place, reason: object) -> ArtefactError:
     return ArtefactError(f"checkpoint {directory} cannot be read: {reason}", "delete it to start over")

@@ -14,10 +14,10 @@ from nexus_ray.errors import ArtefactError
 from nexus_ray.families import family_of
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.trained import is_trained
+from nexus_ray.storage import exists
 from nexus_ray.targets.reading.reader import TargetSet
 from nexus_ray.training import trainer
 from nexus_ray.training.checkpointing import load_checkpoint
-from nexus_ray.training.local import local_only
 from nexus_ray.training.loop import run_steps
 from nexus_ray.training.readiness import check_targets, report_epochs
 from nexus_ray.training.settings import LoopSettings
@@ -46,14 +46,7 @@ def train(config: Config, layout: RunLayout) -> OverlayConfig:
     """
     report_epochs(TargetSet.open(layout.targets).manifest, config)
     arguments = {"config": config.model_dump(mode="json")}
-    trainer.run_distributed(
-        _loop,
-        arguments,
-        local_only(layout.training),
-        config.resources,
-        metrics=local_only(layout.metrics),
-        steps=config.train.steps,
-    )
+    trainer.run_distributed(_loop, arguments, layout.training, config.resources, steps=config.train.steps)
     return _write_best(config, layout)
 
 
@@ -98,12 +91,12 @@ def _write_best(config: Config, layout: RunLayout) -> OverlayConfig:
         for name, tensor in tensors.items()
         if is_trained(name, learn_scale=initial.learn_scale, routers=routers)
     }
-    if not layout.best.exists():
+    if not exists(layout.best):
         raise ArtefactError(
             f"there are no best weights in {layout.best}: no validation had a finite loss",
             "look for `warning` and `validation` in metrics.jsonl, and lower train.optimiser.learning_rate",
         )
-    state = load_checkpoint(local_only(layout.best), trained)
+    state = load_checkpoint(layout.best, trained)
     description = description.model_copy(update={"trained_steps": state["step"]})
     save_overlay(layout.overlay, description, {**tensors, **{name: p.detach() for name, p in trained.items()}})
     logger.info("overlay written: the weights after step %d of %d", state["step"], config.train.steps)

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -15,11 +14,11 @@ from torch.optim import Optimizer
 
 from nexus_ray.errors import ArtefactError, NexusError, StorageError
 from nexus_ray.memory import used_bytes
+from nexus_ray.storage import place_of
 from nexus_ray.training import trainer, trouble
 from nexus_ray.training.averaging import Averaging
-from nexus_ray.training.checkpointing import load_checkpoint, take_snapshot, write_snapshot
+from nexus_ray.training.checkpointing import load_checkpoint, take_snapshot
 from nexus_ray.training.guards import Progress
-from nexus_ray.training.local import local_only
 from nexus_ray.training.optimiser import drop_frozen_gradients, is_frozen, set_learning_rates
 from nexus_ray.training.recovery import RecoveryPoints, newest, remove_leftovers
 from nexus_ray.training.settings import LoopSettings
@@ -94,14 +93,10 @@ class _Loop:
         self.averaging = Averaging(settings.averaging, task.parameters, task.initial_weights)
         self.progress = Progress()
         self.is_first = trainer.world()[0] == 0
-        self.points = (
-            RecoveryPoints(local_only(settings.layout.checkpoints), settings.keep_checkpoints)
-            if self.is_first
-            else None
-        )
+        self.points = RecoveryPoints(settings.layout.checkpoints, settings.keep_checkpoints) if self.is_first else None
         self.saved_for_leaving = False
         if self.is_first:
-            remove_leftovers(local_only(settings.layout.directory))
+            remove_leftovers(settings.layout.directory)
         damaged = self._restore()
         self.log = self._open_log() if self.is_first else None
         for reason in damaged:
@@ -132,6 +127,7 @@ class _Loop:
             warnings=settings.warnings,
             roles=settings.roles,
             parameters=settings.parameters,
+            tell=trainer.tell_driver,
         )
 
     def say(self, event: str, **values: Any) -> None:
@@ -149,12 +145,12 @@ class _Loop:
         Raises:
             ArtefactError: there are checkpoints, and none is whole.
         """
-        found, damaged = newest(local_only(self.settings.layout.checkpoints)) if self.is_first else (None, [])
+        found, damaged = newest(self.settings.layout.checkpoints) if self.is_first else (None, [])
         if damaged and found is None:
             raise trouble.nothing_whole(damaged, self.settings)
         chosen = trainer.from_first_worker(str(found) if found else None)
         if chosen is not None:
-            state = load_checkpoint(Path(chosen), self.task.parameters, self.task.optimiser, self.averaging.kept)
+            state = load_checkpoint(place_of(chosen), self.task.parameters, self.task.optimiser, self.averaging.kept)
             self.progress = Progress.of_state(state)
         return damaged
 
@@ -247,10 +243,9 @@ class _Loop:
         if self.log is not None:
             for sample in self.task.samples():
                 self.say("sample", **sample)
-        if self.progress.is_best(record["loss"], self.settings.early_stop) and self.is_first:
-            write_snapshot(
-                local_only(self.settings.layout.best), take_snapshot(self.task.parameters, self.progress.as_state())
-            )
+        if self.progress.is_best(record["loss"], self.settings.early_stop) and self.points is not None:
+            parameters, state = self.task.parameters, self.progress.as_state()
+            self.points.write_best(self.settings.layout.best, lambda: take_snapshot(parameters, state))
             self.say("best", loss=record["loss"])
         if self.progress.ended:
             self.say("early_stop", validations_without_gain=self.progress.without_gain)
@@ -271,11 +266,12 @@ class _Loop:
 
     def _checkpoint(self, *, wait: bool = False) -> None:
         """Copy everything and write it in the background."""
-        if self.points is None:
+        if self.points is None or self.log is None:
             return
         self._written(self.points.finished(wait=True))  # one copy of everything at a time
         state = self.progress.as_state()
-        self.points.write(take_snapshot(self.task.parameters, state, self.task.optimiser, self.averaging.kept))
+        snapshot = take_snapshot(self.task.parameters, state, self.task.optimiser, self.averaging.kept)
+        self.points.write(snapshot, before=self.log.store)  # a training that goes on from it knows what came before
         if wait:
             self._written(self.points.finished(wait=True))
 

@@ -10,8 +10,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from nexus_ray.cluster import actor_options, ensure_ray
 from nexus_ray.config import ResourcesSection
-from nexus_ray.errors import NexusError, error_from_record, error_to_record
-from nexus_ray.storage import make_directory, read_json, write_json
+from nexus_ray.errors import NexusError
+from nexus_ray.storage import Place, cache_root, digest, is_remote, make_directory
+from nexus_ray.training.messages import Messages
 from nexus_ray.training.watching.follow import following
 
 logger = logging.getLogger(__name__)
@@ -30,9 +31,8 @@ logger = logging.getLogger(__name__)
 def run_distributed(
     loop: Callable[[dict[str, Any]], None],
     arguments: dict[str, Any],
-    directory: Path,
+    directory: Place,
     resources: ResourcesSection,
-    metrics: Path,
     steps: int,
 ) -> None:
     """Run `loop(arguments)` on `resources.workers` Ray Train workers.
@@ -40,9 +40,8 @@ def run_distributed(
     Args:
         loop: training function of a worker.
         arguments: its single argument.
-        directory: where Ray Train keeps its state.
+        directory: where Ray Train keeps its state, if it is local.
         resources: what each worker gets; with `min_workers` training goes on with as few, and grows again.
-        metrics: the file that the loop writes its metrics to; progress is read from it.
         steps: optimiser steps of the whole training.
 
     Raises:
@@ -53,9 +52,9 @@ def run_distributed(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    error_file = make_directory(directory) / "error.json"
+    messages, state = Messages.open(), _state_directory(directory)
     trainer = TorchTrainer(
-        _guarded(loop, error_file),
+        _guarded(loop, messages),
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
             num_workers=_workers(resources),  # type: ignore[arg-type]  # Ray's annotation is of its first version
@@ -63,20 +62,20 @@ def run_distributed(
             resources_per_worker=_requests(resources),
         ),
         run_config=RunConfig(
-            name=directory.name,
-            storage_path=str(directory.parent.resolve()),
+            name=state.name,
+            storage_path=str(state.parent.resolve()),
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )
-    error_file.unlink(missing_ok=True)
     try:
-        with following(metrics, steps, "train"), _ctrl_c_ours_again():
+        with following(messages.new_records, steps, "train"), _ctrl_c_ours_again():
             trainer.fit()
     except SystemExit as error:  # how Ray Train answers Ctrl-C, after stopping its workers
         raise KeyboardInterrupt from error
     except Exception as error:
-        if error_file.exists():
-            raise error_from_record(read_json(error_file, what="error record", hint="run again")) from error
+        failure = messages.failure()
+        if failure is not None:
+            raise failure from error
         raise NexusError(
             f"training failed: {error}", "run the same command again: it continues from the last checkpoint"
         ) from error
@@ -93,20 +92,48 @@ def _ctrl_c_ours_again() -> Iterator[None]:
             signal.signal(signal.SIGINT, ours)
 
 
-def _guarded(loop: Callable[[dict[str, Any]], None], error_file: Path) -> Callable[[dict[str, Any]], None]:
-    """`loop`, leaving an error that a user can cause where the driver finds it, and not trying again after one."""
+def _state_directory(directory: Place) -> Path:
+    """Where Ray Train keeps its state: there, or in the cache of this node where that is in an object store.
+
+    All that is kept is a marker, since no checkpoint is given to Ray Train, and only its controller reads it, which
+    runs on the node of the driver: nothing is lost with the node, and no request can fail.
+    """
+    if not is_remote(directory):
+        return make_directory(directory)
+    return make_directory(cache_root() / "ray-train" / digest(str(directory))[:16])
+
+
+_messages: Messages | None = None  # of a worker
+
+
+def _guarded(loop: Callable[[dict[str, Any]], None], messages: Messages) -> Callable[[dict[str, Any]], None]:
+    """`loop`, leaving an error that a user can cause for the driver, and not trying again after one."""
 
     def run(arguments: dict[str, Any]) -> None:
-        if error_file.exists():
-            raise error_from_record(read_json(error_file, what="error record", hint="run again"))
+        if (failure := messages.failure()) is not None:
+            raise failure
+        _tell_through(messages)
         try:
             loop(arguments)
         except NexusError as error:
-            with suppress(NexusError):  # on a full disk this one is the second to be told
-                write_json(error_file, error_to_record(error))
+            messages.fail(error)
             raise
+        finally:
+            messages.delivered()
 
     return run
+
+
+def _tell_through(messages: Messages) -> None:
+    """Its own function: Ray sends `run` by value, and a module's variables do not go with it."""
+    global _messages
+    _messages = messages
+
+
+def tell_driver(record: Mapping[str, Any]) -> None:
+    """Let the driver see a record of this worker; outside a worker nobody does."""
+    if _messages is not None:
+        _messages.tell(record)
 
 
 def _workers(resources: ResourcesSection) -> int | tuple[int, int]:

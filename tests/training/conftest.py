@@ -12,6 +12,7 @@ from regression import STEPS
 
 from nexus_ray.config import OptimiserSection, ScheduleSection
 from nexus_ray.layout import RunLayout
+from nexus_ray.storage import Place
 from nexus_ray.training import trainer
 from nexus_ray.training.settings import LoopSettings
 
@@ -40,5 +41,18 @@ def settings(tmp_path: Path) -> Callable[..., LoopSettings]:
             "layout": RunLayout(tmp_path / name),
         }
         return LoopSettings(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture
+def stored(
+    remote: Place, settings: Callable[..., LoopSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., LoopSettings]:
+    """The same, with the run directory in an object store, on a node that has no copies of anything yet."""
+    monkeypatch.setenv("NEXUS_RAY_CACHE", str(tmp_path / "cache"))
+
+    def make(name: str = "run", **changes: Any) -> LoopSettings:
+        return settings(name, **{"layout": RunLayout(remote / name), **changes})
 
     return make

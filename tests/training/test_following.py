@@ -1,21 +1,17 @@
-"""Following a training: every record is read once while the file grows, and told once although a resume repeats it."""
+"""Following a training: its progress moves with its steps, and each thing is told once although a resume repeats it."""
 
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
+import threading
 from typing import Any
 
 import pytest
 
+from nexus_ray.errors import StorageError, error_to_record
+from nexus_ray.training.messages import Box
+from nexus_ray.training.watching import follow
 from nexus_ray.training.watching.follow import Teller
-from nexus_ray.training.watching.metrics import MetricsLog, MetricsTail
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "metrics.jsonl"
 
 
 @pytest.fixture
@@ -34,35 +30,55 @@ def told(caplog, monkeypatch) -> Any:
     return tell
 
 
-class TestTail:
-    def test_each_record_comes_once(self, path: Path):
-        tail, log = MetricsTail(path), MetricsLog(path, 0)
-        assert tail.new_records() == []
-        for step in range(3):
-            log.write("step", step, text="é\u2028")
-            assert [record["step"] for record in tail.new_records()] == [step]
-            assert tail.new_records() == []
+class TestProgress:
+    @pytest.fixture
+    def advanced(self, monkeypatch) -> Any:
+        """A function (batches of records) -> by how many steps the progress bar has advanced, each time."""
+        monkeypatch.setattr(follow, "_INTERVAL_SECONDS", 0.001)
 
-    @pytest.mark.parametrize("cut", [0, 1, 10, 20])
-    def test_a_record_that_is_being_written_comes_when_it_is_complete(self, path: Path, cut: int):
-        lines = [json.dumps({"event": "step", "step": step}) + "\n" for step in range(2)]
-        tail = MetricsTail(path)
-        path.write_text(lines[0] + lines[1][:cut])
-        assert [record["step"] for record in tail.new_records()] == [0]
-        with path.open("a") as file:
-            file.write(lines[1][cut:])
-        assert [record["step"] for record in tail.new_records()] == [1]
+        def of(*batches: list[dict[str, Any]]) -> list[int]:
+            waiting, finished, steps = list(batches), threading.Event(), list[int]()
 
-    def test_a_file_that_a_resumed_run_has_replaced_is_read_again(self, path: Path):
-        tail, log = MetricsTail(path), MetricsLog(path, 0)
-        for step in range(4):
-            log.write("step", step)
-        tail.new_records()
-        MetricsLog(path, 2).write("step", 2)
-        assert [record["step"] for record in tail.new_records()] == [0, 1, 2]
+            def new_records() -> list[dict[str, Any]]:
+                if len(waiting) == 1:
+                    finished.set()
+                return waiting.pop(0) if waiting else []
 
-    def test_no_file_has_no_records(self, path: Path):
-        assert MetricsTail(path).new_records() == []
+            follow._follow(new_records, steps.append, finished)
+            return steps
+
+        return of
+
+    def test_it_moves_with_every_step(self, advanced):
+        steps = [{"event": "step", "step": step} for step in range(5)]
+        assert advanced(steps[:2], [], steps[2:]) == [1] * 5
+
+    def test_what_is_recorded_last_counts_too(self, advanced):
+        assert sum(advanced([{"event": "step", "step": 0}])) == 1
+
+    def test_a_continued_training_begins_where_the_one_before_it_ended(self, advanced):
+        assert advanced([{"event": "resume", "step": 40}, {"event": "step", "step": 40}]) == [40, 1]
+
+    def test_steps_that_are_taken_again_do_not_move_it(self, advanced):
+        records = [{"event": "step", "step": step} for step in (0, 1, 2)]
+        again = [{"event": "resume", "step": 1}, *records[1:], {"event": "step", "step": 3}]
+        assert sum(advanced(records, again)) == 4
+
+
+class TestBox:
+    def test_each_record_is_taken_once(self):
+        box = Box()
+        box.add({"step": 0})
+        box.add({"step": 1})
+        assert box.take() == [{"step": 0}, {"step": 1}]
+        assert box.take() == []
+
+    def test_the_first_error_is_the_cause_of_the_others(self):
+        box = Box()
+        assert box.error() is None
+        for message in ("the store does not answer", "a worker is gone"):
+            box.fail(error_to_record(StorageError(message, "the same command continues")))
+        assert (box.error() or {})["message"] == "the store does not answer"
 
 
 class TestWords:

@@ -1,27 +1,34 @@
-"""Following a training from the driver: its progress bar, validation losses and warnings, read from `metrics.jsonl`."""
+"""Following a training from the driver: its progress bar, validation losses and warnings, from what workers tell."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from nexus_ray.console import progress
-from nexus_ray.training.watching.metrics import MetricsTail
 
 logger = logging.getLogger(__name__)
 _INTERVAL_SECONDS = 1.0
 
 
+Records = Callable[[], Sequence[Mapping[str, Any]]]
+
+
 @contextmanager
-def following(metrics: Path, steps: int, description: str) -> Iterator[None]:
-    """Show progress of a training of `steps` steps while the block runs."""
+def following(new_records: Records, steps: int, description: str) -> Iterator[None]:
+    """Show progress of a training of `steps` steps while the block runs.
+
+    Args:
+        new_records: what the training has recorded since the last call; called now and then, and once at the end.
+        steps: of the whole training.
+        description: label of the progress bar.
+    """
     finished = threading.Event()
     with progress(description, total=steps) as advance:
-        thread = threading.Thread(target=_follow, args=(metrics, advance, finished), daemon=True)
+        thread = threading.Thread(target=_follow, args=(new_records, advance, finished), daemon=True)
         thread.start()
         try:
             yield
@@ -30,18 +37,29 @@ def following(metrics: Path, steps: int, description: str) -> Iterator[None]:
             thread.join()
 
 
-def _follow(metrics: Path, advance: Callable[[int], None], finished: threading.Event) -> None:
-    tail, teller, done = MetricsTail(metrics), Teller(), 0
+def _follow(new_records: Records, advance: Callable[[int], None], finished: threading.Event) -> None:
+    teller, done = Teller(), 0
     while True:
         is_last = finished.wait(_INTERVAL_SECONDS)
-        for record in tail.new_records():
-            reached = record["step"] + 1
-            if record["event"] == "step" and reached > done:
+        for record in new_records():
+            reached = _steps_finished(record)
+            if reached > done:
                 advance(reached - done)
                 done = reached
             teller.tell(record)
         if is_last:
             return
+
+
+def _steps_finished(record: Mapping[str, Any]) -> int:
+    """How many steps are over, by a record that says so; a resumed training begins with those taken before."""
+    match record["event"]:
+        case "step":
+            return int(record["step"]) + 1
+        case "resume":
+            return int(record["step"])
+        case _:
+            return 0
 
 
 class Teller:

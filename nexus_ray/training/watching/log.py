@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 from nexus_ray.config import TrackersSection, WarningsSection
 from nexus_ray.layout import RunLayout
-from nexus_ray.training.local import local_only
 from nexus_ray.training.watching.background import Background
 from nexus_ray.training.watching.metrics import MetricsLog, read_metrics
 from nexus_ray.training.watching.tags import numbers_of, texts_of
 from nexus_ray.training.watching.trackers import start_trackers
 from nexus_ray.training.watching.warnings import Warnings
 
+Tell = Callable[[Mapping[str, Any]], None]
 _SECRET = "train.trackers."  # addresses of trackers may hold passwords
+
+
+def _nobody(record: Mapping[str, Any]) -> None:
+    """Nobody is told."""
 
 
 def open_log(
@@ -26,6 +30,7 @@ def open_log(
     warnings: WarningsSection | None = None,
     roles: Mapping[str, str] | None = None,
     parameters: Mapping[str, Any] | None = None,
+    tell: Tell = _nobody,
 ) -> RunLog:
     """Open the log of a training that begins or goes on with `first_step`; one worker does.
 
@@ -36,23 +41,25 @@ def open_log(
         warnings: from where on to warn.
         roles: of each source.
         parameters: the configuration by dotted name, for trackers; it is shown without the trackers' own section.
+        tell: is given every record too; returns at once.
 
     Raises:
-        StorageError: the file system refused.
+        StorageError: the file system or the object store refused.
     """
-    metrics = MetricsLog(local_only(layout.metrics), first_step)
+    metrics = MetricsLog(layout.metrics, first_step)
     watch = Warnings(warnings or WarningsSection(), roles or {})
     for record in read_metrics(layout.metrics):
         watch.see(record)
     public = {name: value for name, value in (parameters or {}).items() if not name.startswith(_SECRET)}
-    return RunLog(metrics, watch, start_trackers(trackers or TrackersSection(), layout, first_step, public))
+    return RunLog(metrics, watch, start_trackers(trackers or TrackersSection(), layout, first_step, public), tell)
 
 
 class RunLog:
     """Where a training writes its records; a context manager that closes itself."""
 
-    def __init__(self, metrics: MetricsLog, watch: Warnings, trackers: list[Background]) -> None:
+    def __init__(self, metrics: MetricsLog, watch: Warnings, trackers: list[Background], tell: Tell = _nobody) -> None:
         self._metrics = metrics
+        self._tell = tell
         self._watch = watch
         self._trackers = trackers
         self._lost: set[str] = set()
@@ -64,8 +71,7 @@ class RunLog:
         Raises:
             StorageError: the file system refused `metrics.jsonl`; trackers never raise.
         """
-        self._metrics.write(event, step, **values)
-        record = {"event": event, "step": step, **values}
+        record = self._record(event, step, **values)
         numbers, texts = numbers_of(record), texts_of(record)
         for tracker in self._trackers:
             tracker.write(event, step, numbers, texts)
@@ -74,11 +80,30 @@ class RunLog:
         for warning in self._watch.see(record):
             self.write("warning", step, **warning)
 
+    def store(self) -> None:
+        """Return when every record so far is where a training that goes on from here finds it.
+
+        Raises:
+            StorageError: the object store does not answer or refuses.
+        """
+        self._metrics.store()
+
     def close(self, *, failed: bool = False) -> None:
-        """Let the trackers finish, and tell them whether training failed."""
+        """Let the trackers finish, and tell them whether training failed; nothing more may be written.
+
+        Raises:
+            StorageError: the object store does not take the last records of a training that has not failed.
+        """
         for tracker in self._trackers:
             tracker.close(failed=failed)
         self._tell_lost()
+        self._metrics.close(failed=failed)
+
+    def _record(self, event: str, step: int, **values: Any) -> dict[str, Any]:
+        record = {"event": event, "step": step, **values}
+        self._metrics.write(event, step, **values)
+        self._tell(record)
+        return record
 
     def _tell_lost(self) -> None:
         """Warn once of each tracker that gets no more records."""
@@ -90,7 +115,7 @@ class RunLog:
                     "message": f"{tracker.name} gets no more records: {tracker.lost}",
                     "hint": "training goes on; metrics.jsonl has everything",
                 }
-                self._metrics.write("warning", self._last_step, **warning)
+                self._record("warning", self._last_step, **warning)
 
     def __enter__(self) -> Self:
         return self

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import shutil
 import threading
 import time
 import uuid
@@ -20,9 +19,9 @@ from nexus_ray.config import TrackersSection
 from nexus_ray.config.training import MlflowSection, WandbSection
 from nexus_ray.errors import ArtefactError, ConfigError
 from nexus_ray.layout import RunLayout
-from nexus_ray.storage import digest, read_json, write_json
-from nexus_ray.training.local import local_only
+from nexus_ray.storage import digest, read_json, remove, write_json
 from nexus_ray.training.watching.background import Background
+from nexus_ray.training.watching.mirrored import Mirrored
 
 _FLUSH_SECONDS = 10
 _MLFLOW_METRICS, _MLFLOW_PARAMETERS, _MLFLOW_LENGTH = 1000, 100, 500  # of one request, by MLflow's limits
@@ -70,9 +69,10 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         if not first_step:
-            shutil.rmtree(local_only(layout.tensorboard), ignore_errors=True)
+            remove(layout.tensorboard)
+        self._files = Mirrored(layout.tensorboard)
         self._writer = SummaryWriter(
-            str(layout.tensorboard),
+            str(self._files.directory),
             purge_step=first_step,
             flush_secs=_FLUSH_SECONDS,
             filename_suffix=f".{uuid.uuid4().hex[:8]}",  # its names have whole seconds: a quick restart would overwrite
@@ -86,10 +86,12 @@ class TensorBoard:
             self._writer.add_text(tag, text, step)
         if event == "checkpoint":
             self._writer.flush()
+        self._files.copy_if_due()
 
     def close(self, *, failed: bool) -> None:
         """Write what is left."""
         self._writer.close()
+        self._files.close()
 
 
 class Mlflow:
@@ -146,6 +148,7 @@ class Wandb:
         place = digest([section.entity, section.project])
         name = _known(layout, "wandb", place) or uuid.uuid4().hex[:8]
         _remember(layout, "wandb", place, name)
+        self._files = Mirrored(layout.directory)
         self._run = wandb.init(
             project=section.project,
             entity=section.entity,
@@ -153,7 +156,7 @@ class Wandb:
             id=name,
             name=layout.directory.name,
             resume="allow",
-            dir=str(layout.directory),
+            dir=str(self._files.directory),
             config=dict(parameters),
             settings=wandb.Settings(silent=True, console="off"),
         )
@@ -162,10 +165,12 @@ class Wandb:
     def write(self, event: str, step: int, numbers: Mapping[str, float], texts: Mapping[str, str]) -> None:
         """Numbers and texts of one step."""
         self._run.log({**numbers, **texts, _WANDB_STEP: step})
+        self._files.copy_if_due()
 
     def close(self, *, failed: bool) -> None:
         """Say how it ended, and wait until everything is sent."""
         self._run.finish(exit_code=int(failed))
+        self._files.close()
 
 
 def _names(layout: RunLayout) -> dict[str, Any]:
