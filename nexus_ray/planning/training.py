@@ -20,7 +20,7 @@ _HELD_BATCHES = READ_AHEAD + 1  # micro-batches in the memory of the host, decod
 def training_needs(worker: Worker) -> StageNeeds:
     """Training: the worst of its micro-batches at each moment, and the optimiser's step."""
     targets, _ = _targets(worker)
-    checkpoint = checkpoint_bytes(worker.config, worker.overlay)
+    checkpoint = checkpoint_bytes(worker.config, worker.overlay) + best_bytes(worker.overlay)
     host = max(worker.overlay_loading(), checkpoint) + sum(part.size for part in targets)
     return worker.stage("train", worker.config.resources.workers, training_phases, host)
 
@@ -37,12 +37,13 @@ def training_phases(worker: Worker) -> list[Phase]:
 
 
 def _always(worker: Worker) -> tuple[Part, ...]:
-    """Besides weights: on a CPU targets and the copy that is written; on the GPU with the head targets alone."""
+    """Besides weights: on a CPU targets and the copies that are written; on the GPU with the head targets alone."""
     targets, moved = _targets(worker)
     if worker.device == "cuda":
         return (moved,) if worker.is_first else ()
-    checkpoint = checkpoint_bytes(worker.config, worker.overlay)
-    return (*targets, Part("checkpoint", checkpoint, "a copy, while it is written", worker.overlay.largest * FLOAT32))
+    checkpoint = checkpoint_bytes(worker.config, worker.overlay) + best_bytes(worker.overlay)
+    note = "copies, of it and of the best weights, while they are written"
+    return (*targets, Part("checkpoint", checkpoint, note, worker.overlay.largest * FLOAT32))
 
 
 def _micro_batch_phases(

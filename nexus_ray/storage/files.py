@@ -125,7 +125,10 @@ def atomic_directory(place: Place) -> Iterator[Path]:
             yield temporary
         return
     with publishing(place) as temporary:
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            raise storage_error(error, temporary) from error
 
 
 @contextmanager

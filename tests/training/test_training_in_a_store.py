@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +17,14 @@ from moto.s3.models import s3_backends
 from object_store import BUCKET, ObjectStore, Request
 from regression import STEPS, Regression, events, train
 from tensorboardX.proto.event_pb2 import Event
+from torch import Tensor
 
 from nexus_ray.errors import StorageError
 from nexus_ray.layout import RunLayout
 from nexus_ray.storage import Place, local_directory, read_bytes
 from nexus_ray.storage.objects import listed
 from nexus_ray.storage.published import published
+from nexus_ray.training import checkpointing
 from nexus_ray.training.loop import run_steps
 from nexus_ray.training.recovery import newest, steps_reached
 from nexus_ray.training.settings import LoopSettings
@@ -207,6 +211,24 @@ class TestARefusingStore:
         assert_ends_alike(made, whole)
 
 
+class TestTheNodesOwnDisk:
+    def test_a_full_one_is_told_and_the_checkpoint_before_is_continued(self, stored: Make, whole, monkeypatch):
+        save, calls = checkpointing.save_file, list[Path]()
+
+        def full_later(tensors: dict[str, Tensor], path: Path) -> None:
+            calls.append(path)
+            if len(calls) > 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            save(tensors, path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpointing, "save_file", full_later)
+            with pytest.raises(StorageError, match="disk is full"):
+                train(stored())
+        assert train(stored()).taken[0] == 3
+        assert_ends_alike(stored(), whole)
+
+
 class TestMetrics:
     def test_they_hold_what_came_before_each_checkpoint_that_is_published_and_are_not_written_with_every_step(
         self, stored: Make, object_store: ObjectStore, monkeypatch
@@ -267,7 +289,7 @@ class TestTensorBoard:
         losses = {event.step: value.simple_value for event in events for value in event.summary.value if is_loss(value)}
         told = {r["step"]: r["loss"] for r in read_metrics(stored().layout.metrics) if r["event"] == "step"}
         assert losses == pytest.approx(told)
-        assert [event.step for event in events if event.HasField("session_log")] == [6]
+        assert [event.step for event in events if event.HasField("session_log")] == [0, 6], "what they hide earlier"
 
     def test_files_go_there_while_training_goes_on(self, remote: Place, monkeypatch):
         monkeypatch.setattr(mirrored, "_INTERVAL_SECONDS", 0.0)
