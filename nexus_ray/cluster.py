@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ from nexus_ray.versions import driver_versions, require_same
 
 logger = logging.getLogger(__name__)
 _TRIES = 4  # workers that may die, for each that is wanted, before another piece of work is finished
+_ANSWER_SECONDS = 10.0  # for a cluster to take a connection
 _TASKS_IN_FLIGHT = 2  # one at work and one waiting: more would leave workers idle at the end
 
 
@@ -63,13 +65,16 @@ def _connect(address: str, options: dict[str, Any]) -> Any:
     """
     import ray
 
+    nobody = NexusError(
+        f"no Ray cluster answers at RAY_ADDRESS={address}",
+        "start it or correct the address; without RAY_ADDRESS Ray is started on this machine",
+    )
+    if _is_deaf(address):
+        raise nobody
     try:
         return ray.init(address="auto", **options)
     except ConnectionError as error:
-        raise NexusError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}",
-            "start it or correct the address; without RAY_ADDRESS Ray is started on this machine",
-        ) from error
+        raise nobody from error
     except RuntimeError as error:
         if "ersion mismatch" not in str(error):
             raise
@@ -78,6 +83,18 @@ def _connect(address: str, options: dict[str, Any]) -> Any:
             "install the same Python and Ray in both; or let the cluster's own run it: `ray job submit --working-dir . "
             "-- python jobs/pipeline.py CONFIG`",
         ) from error
+
+
+def _is_deaf(address: str) -> bool:
+    """Whether it is a host and port where nothing listens: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return False
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except OSError:
+        return True
+    return False
 
 
 def stop_as_on_ctrl_c() -> None:

@@ -1,14 +1,18 @@
-"""What a command does when it is told to stop."""
+"""What a command does when it is told to stop, and when the cluster that it is to join is not there or another."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import pytest
+import ray
+from ray._private.utils import check_version_info
 
-from nexus_ray.cluster import stop_as_on_ctrl_c
+from nexus_ray.cluster import ensure_ray, stop_as_on_ctrl_c
+from nexus_ray.errors import NexusError
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +42,34 @@ def test_sigterm_goes_to_who_handles_ctrl_c() -> None:
     stop_as_on_ctrl_c()
     signal.raise_signal(signal.SIGTERM)
     assert seen == [signal.SIGINT]
+
+
+def refuse(error: Exception) -> Callable[..., None]:
+    def init(**_: object) -> None:
+        raise error
+
+    return init
+
+
+def test_a_cluster_that_is_not_there_is_named_at_once(monkeypatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse(AssertionError()))
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    with pytest.raises(NexusError, match=rf"no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:{port}"):
+        ensure_ray()
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_cluster_of_another_ray_or_python_is_refused_with_both_versions(listens: bool, monkeypatch) -> None:
+    """Ray's own check, as it words it."""
+    found = {"ray_version": "2.40.0", "python_version": "3.9.1"}
+    with pytest.raises(RuntimeError) as said:
+        check_version_info(found, "10.0.0.1")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse(said.value))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}" if listens else "auto")
+        with pytest.raises(NexusError, match=r"does not fit this process(.|\n)*2\.40\.0(.|\n)*3\.9\.1"):
+            ensure_ray()

@@ -20,6 +20,7 @@ import psutil
 from killed_commands import PATIENCE_SECONDS, kill_with_everything_it_started
 
 ROOT = Path(__file__).parents[2]
+_ATTEMPTS = 3  # Ray gives its own processes 30 seconds to start, which a busy machine may not
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
@@ -44,8 +45,18 @@ def wait_until(met: Callable[[], Any], what: str, seconds: float = PATIENCE_SECO
 class PrivateCluster:
     """One node that is head and worker; `with` starts it, and kills it with everything on it."""
 
-    def __init__(self) -> None:
-        self.directory = tempfile.mkdtemp(prefix="nr", dir="/tmp")  # Ray's sockets need short paths
+    def __enter__(self) -> PrivateCluster:
+        for _ in range(_ATTEMPTS):
+            self._start()
+            wait_until(lambda: self._is_up() or self.process.poll() is not None, "Ray has started, or given up")
+            if self._is_up():
+                wait_until(lambda: self._answers("/api/jobs/"), "the dashboard answers")
+                return self
+            self.__exit__()
+        raise AssertionError("Ray has not started")
+
+    def _start(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="nr", dir="/tmp"))  # Ray's sockets need short paths
         gcs, dashboard, agent = free_ports(3)
         self.url = f"http://127.0.0.1:{dashboard}"
         removed = ("RAY_ADDRESS", "PYTHONPATH")  # workers must find the code by themselves
@@ -53,19 +64,22 @@ class PrivateCluster:
         self.environment |= {"RAY_AUTH_MODE": "disabled", "RAY_API_SERVER_ADDRESS": self.url}
         # On a machine that is busy with other tests a node may not answer for a while; it is not lost.
         self.environment |= {"RAY_health_check_timeout_ms": "60000", "RAY_health_check_failure_threshold": "10"}
-        self.command = [*RAY, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
-        self.command += [f"--dashboard-agent-listen-port={agent}", "--num-cpus=4", f"--temp-dir={self.directory}"]
-        self._said = Path(self.directory) / "ray-start.log"
-        self.command += ["--disable-usage-stats", "--object-store-memory=200000000"]
-
-    def __enter__(self) -> PrivateCluster:
+        command = [*RAY, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
+        command += [f"--dashboard-agent-listen-port={agent}", "--num-cpus=4", f"--temp-dir={self.directory}"]
+        command += ["--disable-usage-stats", "--object-store-memory=200000000"]
         with self._said.open("wb") as said:
-            self.process = subprocess.Popen(self.command, env=self.environment, stdout=said, stderr=said)
-        wait_until(lambda: self._answers("/api/jobs/"), "the dashboard answers")
-        return self
+            self.process = subprocess.Popen(command, env=self.environment, stdout=said, stderr=said)
+
+    @property
+    def _said(self) -> Path:
+        return self.directory / "ray-start.log"
+
+    def _is_up(self) -> bool:
+        return "Ray runtime started" in self._said.read_text()
 
     def __exit__(self, *_: object) -> None:
-        kill_with_everything_it_started(self.process)
+        if self.process.poll() is None:
+            kill_with_everything_it_started(self.process)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def submit(self, script: str, *arguments: object) -> str:
@@ -122,7 +136,7 @@ class PrivateCluster:
             return json.load(answer)
 
     def _answers(self, path: str) -> bool:
-        assert self.process.poll() is None, f"the cluster did not start: {self._said.read_text()[-2000:]}"
+        assert self.process.poll() is None, f"the cluster has ended: {self._said.read_text()[-2000:]}"
         try:
             self._get(path)
         except (urllib.error.URLError, OSError):
