@@ -75,7 +75,7 @@ BOTTLENECKS = (
         lambda run: run.shards * figures.STORE_REQUEST,
     ),
     Bottleneck(
-        "every training worker opens the whole manifest", "`targets/reading/`", _training_part("targets opened")
+        "every worker of `train` opens the whole manifest", "`targets/reading/`", _training_part("targets opened")
     ),
     Bottleneck(
         "footers of a step's shards, one after the other, from an object store",

@@ -30,13 +30,14 @@ class TokenFlop:
     backward: int
 
 
-def token_flop(sizes: ModelSizes, length: int, width: int) -> TokenFlop:
+def token_flop(sizes: ModelSizes, length: int, width: int, *, packed: bool = True) -> TokenFlop:
     """Operations of a token.
 
     Args:
         sizes: of the base.
         length: tokens of a sequence; eager attention computes all of its scores.
         width: of the shared experts.
+        packed: whether experts are `PackedExperts`, which keep nothing and compute gate and up again.
     """
     dimensions = sizes.dimensions
     base = flop_per_token(sizes, length, head=False)
@@ -44,4 +45,6 @@ def token_flop(sizes: ModelSizes, length: int, width: int) -> TokenFlop:
     shared = 6 * dimensions.layers * dimensions.hidden_size * width
     below = (base + scores) // dimensions.layers  # of the first layer: no gradient goes on from there
     first = 4 * dimensions.hidden_size * width  # the gradient of the first shared expert's input
-    return TokenFlop(base, base + shared, head_flop(sizes), base + scores - below + 2 * shared - first)
+    gate_up = 4 * dimensions.experts_per_token * sizes.expert_parameters() // 3
+    again = packed * (dimensions.layers - 1) * gate_up
+    return TokenFlop(base, base + shared, head_flop(sizes), base + scores - below + again + 2 * shared - first)

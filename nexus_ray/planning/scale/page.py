@@ -33,7 +33,7 @@ from nexus_ray.planning.scale.scenarios import (
 from nexus_ray.planning.target_sizes import source_targets
 
 EXAMPLE_GPUS = {"gpt-oss-20b": 2, "gpt-oss-120b": 4}
-_TARGETS = {
+_TARGETS: dict[str, dict[str, object]] = {
     "`topk`, 64 in 4 bits (default)": {"targets.top_k": 64},
     "`topk`, 50": {"targets.top_k": 50},
     "`sampled`, 12 draws": {"targets.mode": "sampled"},

@@ -161,11 +161,18 @@ def worker_speed(
         sequences: of a batch.
         output: what logits are encoded as, on a CPU timed with them.
     """
-    flop = token_flop(sizes, config.data.sequence_length, overlay_width(sizes, config))
+    packed = config.model.experts == "packed"
+    flop = token_flop(sizes, config.data.sequence_length, overlay_width(sizes, config), packed=packed)
     if config.compute_device == "cuda":
-        packed = config.model.experts == "packed" and sizes.packed_bytes > 0
         share = min(1.0, config.resources.gpus_per_worker or 1.0)
-        return GpuSpeed(gpu or DEFAULT_GPU, sizes, flop, packed, config.train.gradient_checkpointing, share)
+        return GpuSpeed(
+            gpu or DEFAULT_GPU,
+            sizes,
+            flop,
+            packed and sizes.packed_bytes > 0,
+            config.train.gradient_checkpointing,
+            share,
+        )
     layers, head = teacher_time.seconds_per_token(config, sizes, sequences)
     if output is not None:
         head += teacher_time.encoding_seconds(output, config.resources.cpus_per_worker)
