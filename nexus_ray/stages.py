@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nexus_ray.config import Config, Section
+from nexus_ray.config import Config, ResourceStage, Section
 from nexus_ray.layout import RunLayout
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ def _predicted(run: Run, sources: Collection[str]) -> dict[str, Any]:
     return {"predict": partly} if partly else {}
 
 
-def _base(run: Run) -> dict[str, Any]:
+def _base(run: Run, stage: ResourceStage) -> dict[str, Any]:
     """The base, its tokenizer and how it computes; its place is not part of the recipe."""
-    return {"base": run.fingerprint, "tokenizer": run.tokenizer, "model": run.config.compute}
+    return {"base": run.fingerprint, "tokenizer": run.tokenizer, "model": run.config.for_stage(stage).compute}
 
 
 _FIELDS_OF_MODES = {"topk": {"top_k", "value_bits"}, "sampled": {"draws"}, "hidden": {"hidden_dtype"}}
@@ -193,7 +193,7 @@ ALL = (
         _collect,
         (),
         lambda run: {
-            **_base(run),
+            **_base(run, "collect"),
             "data": _data(run, run.config.collect.mixture),
             "collect": _dump(run.config.collect),
             "run": {"seed": run.config.run.seed},
@@ -218,7 +218,7 @@ ALL = (
         ("select",),
         lambda run: {
             "convert": _dump(run.config.convert),
-            "model": run.config.compute,
+            "model": run.config.for_stage("convert").compute,
             "roles": run.config.roles(),
             "run": {"seed": run.config.run.seed},
         },
@@ -229,7 +229,7 @@ ALL = (
         _precompute,
         (),
         lambda run: {
-            **_base(run),
+            **_base(run, "precompute"),
             "data": _data(run, run.config.train.sources) | _predicted(run, run.config.train.sources),
             "targets": _targets(run),
         },
@@ -242,7 +242,7 @@ ALL = (
         _train,
         ("convert", "precompute"),
         lambda run: {
-            **_base(run),
+            **_base(run, "train"),
             "train": _dump(run.config.train, *_WITHOUT_EFFECT),
             "run": {"seed": run.config.run.seed},
         },

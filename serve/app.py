@@ -112,6 +112,7 @@ def application(config: Config) -> Application:
         ConfigError: two models have one name, or an API key is garbled.
         ArtefactError: the run has no trained overlay.
     """
+    config = config.for_stage("serve")
     overlays = overlays_of(config)
     keys = keys_of_environment()
     KeyFile(config.serve.api_keys, keys)  # refuse here, not in a replica

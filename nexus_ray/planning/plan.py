@@ -96,7 +96,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     machine = machine or this_machine(config.run.directory)
     sizes = read_sizes(config.model.path)
     text = measure_text(config)
-    worker = Worker.of(config, sizes, text)
+    worker = Worker.of(config.for_stage("precompute"), sizes, text)
     needs = stage_needs(config, sizes, text)
     stages = tuple(with_change(judge(stage, machine), config, sizes, text, machine) for stage in needs)
     return Plan(

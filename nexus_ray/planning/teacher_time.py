@@ -67,10 +67,12 @@ def pass_times(config: Config, sizes: ModelSizes, targets: Mapping[str, SourceTa
     tokens = sum(part.teacher_tokens for part in targets.values())
     headed = sum(part.teacher_tokens for part in targets.values() if part.needs_head)
     output = next((part.output for part in targets.values() if part.needs_head), None)
-    found = [_pass_time("collect", config.collect.tokens, 0, config.collect.batch_sequences, None, config, sizes)]
+    batch = config.collect.batch_sequences
+    found = [_pass_time("collect", config.collect.tokens, 0, batch, None, config.for_stage("collect"), sizes)]
     if tokens:
         batch = config.targets.batch_sequences
-        found.append(_pass_time("precompute", tokens, headed, batch, output, config, sizes))
+        seen = config.for_stage("precompute")
+        found.append(_pass_time("precompute", tokens, headed, batch, output, seen, sizes))
     return tuple(found)
 
 

@@ -36,7 +36,7 @@ class Worker:
     """What all stages of a run with a model in memory have in common.
 
     Attributes:
-        config: the run.
+        config: the run, as its stage sees it.
         sizes: of the base.
         device: where the model is.
         devices: how many one worker spreads it over.
@@ -57,12 +57,17 @@ class Worker:
 
     @classmethod
     def of(cls, config: Config, sizes: ModelSizes, text: Mapping[str, SourceText] | None = None) -> Worker:
-        """The worker of a run; `text`: training text by source, as far as it is known."""
+        """The worker of a run as one stage sees it; `text`: training text by source, as far as it is known."""
         device, dtype = config.compute_device, _DTYPES[config.compute_dtype]
         weights = base_weights(sizes, packed=config.model.experts == "packed", dtype=dtype, device=device)
         devices = max(1, int(config.resources.gpus_per_worker))
         targets = source_targets(config, sizes, text or {})
         return cls(config, sizes, device, devices, dtype, weights, overlay_size(sizes, config), targets)
+
+    @property
+    def workers(self) -> int:
+        """How many of them its stage has."""
+        return self.config.resources.workers
 
     def work(self, sequences: int, length: int | None = None) -> Workload:
         """A forward pass of this many sequences."""

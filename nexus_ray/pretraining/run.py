@@ -47,6 +47,7 @@ def pretrain(run: PretrainRun) -> Path:
         ModelError: the tokenizer is missing.
         DataError: the text is missing or too short.
     """
+    run = run.for_stage("pretrain")
     if not (run.pretrain.tokenizer / "tokenizer.json").exists():
         raise ModelError(
             f"pretrain.tokenizer: no tokenizer.json in {run.pretrain.tokenizer}",

@@ -34,7 +34,7 @@ def check_training(config: Config, layout: RunLayout) -> None:
         DataError: a source has too few sequences.
     """
     description = load_overlay_config(layout.initial_overlay)
-    check_targets(TargetSet.open(layout.targets).manifest, config, description)
+    check_targets(TargetSet.open(layout.targets).manifest, config.for_stage("train"), description)
 
 
 def train(config: Config, layout: RunLayout) -> OverlayConfig:
@@ -43,6 +43,7 @@ def train(config: Config, layout: RunLayout) -> OverlayConfig:
     Raises:
         NexusError: training failed.
     """
+    config = config.for_stage("train")
     report_epochs(TargetSet.open(layout.targets).manifest, config)
     arguments = {"config": config.model_dump(mode="json")}
     trainer.run_distributed(
