@@ -104,23 +104,35 @@ def _collect(run: Run, recipe: str) -> None:
 
 
 def _select(run: Run, recipe: str) -> None:
+    from nexus_ray.cluster import run_on_worker
+
+    resources = run.config.resources.of("select").without_gpus()
+    run_on_worker("select", resources, select_and_report, run.config, run.layout)
+
+
+def select_and_report(config: Config, layout: RunLayout) -> None:
+    """Rank the experts, and write the report on it."""
     from nexus_ray.router.artefact import RouterStatistics
     from nexus_ray.selection.figures.selection_figures import plot_selection
     from nexus_ray.selection.report.report import write_report
     from nexus_ray.selection.selection import select
 
-    selection, statistics = select(run.config, run.layout), RouterStatistics.load(run.layout.router_stats)
+    selection, statistics = select(config, layout), RouterStatistics.load(layout.router_stats)
     # Written before there are figures too: a figure that cannot be drawn does not cost the report.
-    write_report(selection, statistics, run.layout.selection_report, run.layout.plots)
-    plot_selection(selection, statistics, run.layout.plots)
-    write_report(selection, statistics, run.layout.selection_report, run.layout.plots)
-    logger.info("report on the selection: %s", run.layout.selection_report)
+    write_report(selection, statistics, layout.selection_report, layout.plots)
+    plot_selection(selection, statistics, layout.plots)
+    write_report(selection, statistics, layout.selection_report, layout.plots)
+    logger.info("report on the selection: %s", layout.selection_report)
 
 
 def _convert(run: Run, recipe: str) -> None:
+    from nexus_ray.cluster import run_on_worker
     from nexus_ray.conversion.initialise import convert
 
-    convert(run.config, run.layout)
+    config = run.config.for_stage("convert")
+    fits = config.convert.initialisation == "lstsq"  # the only one that runs the base
+    resources = config.resources if fits else config.resources.without_gpus()
+    run_on_worker("convert", resources, convert, config, run.layout)
 
 
 def _check_targets(config: Config) -> None:

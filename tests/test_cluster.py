@@ -8,7 +8,7 @@ from types import FrameType
 
 import pytest
 
-from nexus_ray.cluster import _stop_as_on_ctrl_c
+from nexus_ray.cluster.session import _stop_as_on_ctrl_c
 
 
 @pytest.fixture(autouse=True)

@@ -42,8 +42,8 @@ class WorkersSection(Section):
         description="let workers run on the cluster's head node too; without it they do so only where there is no "
         "other node and none can come",
     )
-    placement_timeout_s: float | None = Field(
-        None, gt=0, description="seconds to wait for nodes that are busy or on their way; default: as long as it takes"
+    max_wait_minutes: float = Field(
+        30, gt=0, description="how long a stage waits for nodes that can hold its workers before it ends"
     )
     max_failures: int = Field(2, ge=0, description="worker crashes that training recovers from by itself")
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, GptOssForCausalLM
 
 from nexus_ray.checkpoints.quantised_export import export_mxfp4
+from nexus_ray.cluster import run_on_worker
 from nexus_ray.config import ModelSection, PretrainRun, flatten_values
 from nexus_ray.data.packing import Batch, batches, pack_shard, token_byte_lengths
 from nexus_ray.data.sources import describe_files, list_shards
@@ -71,7 +72,7 @@ def pretrain(run: PretrainRun) -> Path:
             metrics=layout.metrics,
             steps=run.pretrain.steps,
         )
-        return export(run, layout)
+        return run_on_worker("export the model", run.resources.without_gpus(), export, run, layout)
 
 
 def _refuse_other_settings(run: PretrainRun, layout: RunLayout) -> None:

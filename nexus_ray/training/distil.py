@@ -9,6 +9,7 @@ from torch import nn
 
 from nexus_ray.checkpoints.overlay import OverlayConfig, add_routers, load_overlay, load_overlay_config, save_overlay
 from nexus_ray.checkpoints.reader import read_model_config
+from nexus_ray.cluster import run_on_worker
 from nexus_ray.config import Config, flatten
 from nexus_ray.errors import ArtefactError
 from nexus_ray.families import family_of
@@ -49,7 +50,7 @@ def train(config: Config, layout: RunLayout) -> OverlayConfig:
     trainer.run_distributed(
         _loop, arguments, layout.training, config.resources, metrics=layout.metrics, steps=config.train.steps
     )
-    return _write_best(config, layout)
+    return run_on_worker("write the overlay", config.resources.without_gpus(), _write_best, config, layout)
 
 
 def _loop(arguments: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nexus_ray.cluster import actor_options, ensure_ray
+from nexus_ray.cluster import bundle, find_place
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
 from nexus_ray.storage import make_directory, read_json, write_json
@@ -46,10 +46,10 @@ def run_distributed(
         steps: optimiser steps of the whole training.
 
     Raises:
-        NexusError: the loop failed; carries the worker's message.
+        NexusError: there is no place for the workers; or the loop failed: it carries the worker's message.
     """
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the configuration must keep working
-    ensure_ray()
+    selector = find_place("training", resources, resources.min_workers or resources.workers)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -60,7 +60,9 @@ def run_distributed(
         scaling_config=ScalingConfig(
             num_workers=_workers(resources),  # type: ignore[arg-type]  # Ray's annotation is of its first version
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=_requests(resources),
+            resources_per_worker=bundle(resources),
+            placement_strategy=resources.placement or "PACK",
+            label_selector=selector or None,  # type: ignore[call-arg]
         ),
         run_config=RunConfig(
             name=directory.name,
@@ -113,12 +115,6 @@ def _workers(resources: ResourcesSection) -> int | tuple[int, int]:
     """How many workers, or the fewest and the most."""
     fewest = resources.min_workers
     return resources.workers if fewest in (None, resources.workers) else (fewest, resources.workers)
-
-
-def _requests(resources: ResourcesSection) -> dict[str, float]:
-    """What Ray Train calls the resources of `actor_options`."""
-    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
-    return {names.get(key, key): value for key, value in actor_options(resources).items() if value}
 
 
 def world() -> tuple[int, int]:

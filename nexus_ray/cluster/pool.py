@@ -1,4 +1,4 @@
-"""Ray: connecting or starting it, and mapping work over a pool of actors.
+"""Mapping work over a pool of actors.
 
 All stages that pass over text use `map_over_pool`: Ray Data streams the work items to an actor pool and results
 come back as they finish, under one progress bar.
@@ -7,66 +7,20 @@ come back as they finish, under one progress bar.
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from nexus_ray.cluster.placement import find_place
+from nexus_ray.cluster.requests import actor_options
 from nexus_ray.config import ResourcesSection
 from nexus_ray.console import progress
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
 
 logger = logging.getLogger(__name__)
 _RETRIES = 3  # of a piece of work whose worker died
+_STRATEGIES = {"PACK": "DEFAULT", "SPREAD": "SPREAD"}  # Ray's names of them, where there is no placement group
 _TASKS_IN_FLIGHT = 2  # one at work and one waiting: more would leave workers idle at the end
-
-
-def ensure_ray() -> None:
-    """Connect to the cluster that RAY_ADDRESS names (a submitted job has it), else start Ray here.
-
-    Ray's CPUs are logical: at least four, so that a two-worker stage and its coordinator fit a two-core laptop.
-    """
-    # Ray's C++ core prints notices to the terminal that no user can act on.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    import ray
-
-    if ray.is_initialized():
-        return
-    quiet: dict[str, Any] = {
-        "logging_level": logging.ERROR,
-        "log_to_driver": logger.isEnabledFor(logging.DEBUG),
-    }
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **quiet)
-    else:
-        logger.info("starting Ray on this machine")
-        # "local": without it Ray would join whatever cluster was last started on this machine.
-        ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **quiet)
-    _stop_as_on_ctrl_c()
-
-
-def _stop_as_on_ctrl_c() -> None:
-    """Let SIGTERM, which stopped jobs get, do what Ctrl-C does; Ray would end the process at once."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)
-
-
-def _stop(*_: object) -> None:
-    """Do what Ctrl-C does, also where it is ignored: shell scripts start what they end with `&` like that."""
-    if callable(signal.getsignal(signal.SIGINT)):
-        signal.raise_signal(signal.SIGINT)
-    else:
-        raise KeyboardInterrupt
-
-
-def actor_options(resources: ResourcesSection) -> dict[str, Any]:
-    """Ray's resource request for one worker."""
-    options: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
-    if resources.memory_gib_per_worker is not None:
-        options["memory"] = int(resources.memory_gib_per_worker * 2**30)
-    return options
 
 
 def map_over_pool(
@@ -91,7 +45,7 @@ def map_over_pool(
     """
     if not items:
         return
-    ensure_ray()
+    selector = find_place(description, resources)
     import ray
 
     _quiet_ray_data()
@@ -109,7 +63,7 @@ def map_over_pool(
             fn_constructor_kwargs={"worker": worker, "arguments": arguments},
             compute=pool,
             max_task_retries=_RETRIES,
-            **actor_options(resources),
+            **_pool_options(resources, selector),
         )
     unit, total = amount or ("", len(items))
     forecast = Forecast(total)
@@ -120,6 +74,16 @@ def map_over_pool(
             steps = int(row[unit]) if unit else 1
             advance(steps, forecast.after(steps, int(row[expected])) if expected else None)
             yield row
+
+
+def _pool_options(resources: ResourcesSection, selector: dict[str, str]) -> dict[str, Any]:
+    """Options of the actors: what each of them gets, and where it may be."""
+    options = actor_options(resources)
+    if selector:
+        options["label_selector"] = selector
+    if resources.placement is not None:
+        options["scheduling_strategy"] = _STRATEGIES[resources.placement]
+    return options
 
 
 class Forecast:
@@ -186,10 +150,3 @@ def _quiet_ray_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-def set_worker_threads(resources: ResourcesSection) -> None:
-    """Give torch as many threads as the worker has CPUs: results must not depend on the machine's core count."""
-    import torch
-
-    torch.set_num_threads(resources.cpus_per_worker)

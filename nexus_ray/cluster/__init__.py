@@ -1,0 +1,19 @@
+"""Ray: connecting or starting it, finding a place for workers, and giving them work."""
+
+from nexus_ray.cluster.elsewhere import run_on_worker
+from nexus_ray.cluster.placement import find_place
+from nexus_ray.cluster.pool import Forecast, map_over_pool
+from nexus_ray.cluster.requests import actor_options, bundle, set_worker_threads
+from nexus_ray.cluster.session import ensure_ray, on_cluster
+
+__all__ = [
+    "Forecast",
+    "actor_options",
+    "bundle",
+    "ensure_ray",
+    "find_place",
+    "map_over_pool",
+    "on_cluster",
+    "run_on_worker",
+    "set_worker_threads",
+]
