@@ -52,7 +52,9 @@ def reading(state: Any, placement_group: str) -> tuple[Outlook, str]:
     if any(placement_group in gang.details for gang in state.infeasible_gang_resource_requests):
         return Outlook.NEVER, ""
     failed = state.failed_instance_requests
-    reason = f"{failed[-1].ray_node_type_name}: {failed[-1].reason}" if failed else ""
+    reason = (
+        f"{failed[-1].ray_node_type_name} could not be started: {failed[-1].reason or 'no reason'}" if failed else ""
+    )
     if state.pending_instance_requests or state.pending_instances or failed:
         return Outlook.COMING, reason
     return Outlook.UNKNOWN, ""
@@ -60,7 +62,7 @@ def reading(state: Any, placement_group: str) -> tuple[Outlook, str]:
 
 def _state() -> Any:
     import ray
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 
     client = GcsClient(ray.get_runtime_context().gcs_address)

@@ -72,7 +72,7 @@ def _run_there(
 
     options = actor_options(resources) | ({"label_selector": selector} if selector else {})
     task = ray.remote(_stream).options(num_returns="streaming", max_retries=0, **options)
-    stream = task.remote(logging.getLogger(_PACKAGE).level, function, arguments, named)
+    stream: Any = task.remote(logging.getLogger(_PACKAGE).level, function, arguments, named)
     try:
         for reference in stream:
             kind, value = ray.get(reference)
@@ -123,9 +123,13 @@ def _stream(
 class _Forwarding(QueueHandler):
     """Puts records, as plain text, where the task takes them from."""
 
+    def __init__(self, said: queue.SimpleQueue[tuple[str, Any]]) -> None:
+        super().__init__(said)
+        self._said = said
+
     def enqueue(self, record: logging.LogRecord) -> None:
         """Take a record that `prepare` has made fit to be sent."""
-        self.queue.put(("log", record))
+        self._said.put(("log", record))
 
 
 class _Printed(io.TextIOBase):
