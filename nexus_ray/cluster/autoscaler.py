@@ -51,10 +51,9 @@ def reading(state: Any, placement_group: str) -> tuple[Outlook, str]:
     """The same of an `AutoscalingState`, as Ray's `autoscaler.proto` describes it."""
     if any(placement_group in gang.details for gang in state.infeasible_gang_resource_requests):
         return Outlook.NEVER, ""
-    failed = state.failed_instance_requests
-    reason = (
-        f"{failed[-1].ray_node_type_name} could not be started: {failed[-1].reason or 'no reason'}" if failed else ""
-    )
+    failed, reason = state.failed_instance_requests, ""
+    if failed:
+        reason = f"{failed[-1].ray_node_type_name} could not be started: {failed[-1].reason or 'no reason is given'}"
     if state.pending_instance_requests or state.pending_instances or failed:
         return Outlook.COMING, reason
     return Outlook.UNKNOWN, ""

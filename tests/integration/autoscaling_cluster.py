@@ -43,12 +43,8 @@ def autoscaling_cluster(head_cpus: int, most_workers: int, idle_seconds: float) 
         config.write_text(json.dumps(_config(address, head_cpus, most_workers, idle_seconds)))
         log = Path(directory) / "head.log"
         with log.open("w") as output:
-            head = subprocess.Popen(
-                _command(config, port, head_cpus, directory),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=_environment(),
-            )
+            command = _command(config, port, head_cpus, directory)
+            head = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_environment())
         try:
             _wait(head, log)
             yield os.environ | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
@@ -104,7 +100,10 @@ def _config(address: str, head_cpus: int, most_workers: int, idle_seconds: float
             "ray.head.default": {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0},
             "worker": {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": most_workers},
         },
-        **dict.fromkeys(["setup_commands", "head_setup_commands", "worker_setup_commands", "cluster_synced_files"], []),
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        "cluster_synced_files": [],
     }
 
 
