@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -14,17 +15,23 @@ from nexus_ray.errors import ArtefactError, NexusError
 ONE = ResourcesSection(workers=1)
 
 
-def step(ending: str) -> int:
-    """Runs in a worker, which imports this module's code by value."""
-    logging.getLogger("nexus_ray.step").info("the step is %s", ending)
-    print("printed by the step")
-    if ending == "refused":
-        raise ArtefactError("the artefact is damaged", "make it again")
-    if ending == "wrong":
-        raise ZeroDivisionError("a defect")
-    if ending == "killed":
-        os._exit(9)
-    return os.getpid()
+def _step() -> Callable[[str], int]:
+    def step(ending: str) -> int:
+        """What runs in a worker: inside of a function, since workers cannot import this module."""
+        logging.getLogger("nexus_ray.step").info("the step is %s", ending)
+        print("printed by the step")
+        if ending == "refused":
+            raise ArtefactError("the artefact is damaged", "make it again")
+        if ending == "wrong":
+            raise ZeroDivisionError("a defect")
+        if ending == "killed":
+            os._exit(9)
+        return os.getpid()
+
+    return step
+
+
+step = _step()
 
 
 @pytest.fixture
