@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nexus_ray.config import Config, Section
+from nexus_ray.config import Config, ResourceStage, Section
 from nexus_ray.layout import RunLayout
 from nexus_ray.storage import Place
 
@@ -69,9 +69,9 @@ def _predicted(run: Run, sources: Collection[str]) -> dict[str, Any]:
     return {"predict": partly} if partly else {}
 
 
-def _base(run: Run) -> dict[str, Any]:
+def _base(run: Run, stage: ResourceStage) -> dict[str, Any]:
     """The base, its tokenizer and how it computes; its place is not part of the recipe."""
-    return {"base": run.fingerprint, "tokenizer": run.tokenizer, "model": run.config.compute}
+    return {"base": run.fingerprint, "tokenizer": run.tokenizer, "model": run.config.for_stage(stage).compute}
 
 
 _FIELDS_OF_MODES = {"topk": {"top_k", "value_bits"}, "sampled": {"draws"}, "hidden": {"hidden_dtype"}}
@@ -106,23 +106,35 @@ def _collect(run: Run, recipe: str) -> None:
 
 
 def _select(run: Run, recipe: str) -> None:
+    from nexus_ray.cluster import run_on_worker
+
+    resources = run.config.resources.of("select").without_gpus()
+    run_on_worker("select", resources, select_and_report, run.config, run.layout)
+
+
+def select_and_report(config: Config, layout: RunLayout) -> None:
+    """Rank the experts, and write the report on it."""
     from nexus_ray.router.artefact import RouterStatistics
     from nexus_ray.selection.figures.selection_figures import plot_selection
     from nexus_ray.selection.report.report import write_report
     from nexus_ray.selection.selection import select
 
-    selection, statistics = select(run.config, run.layout), RouterStatistics.load(run.layout.router_stats)
+    selection, statistics = select(config, layout), RouterStatistics.load(layout.router_stats)
     # Written before there are figures too: a figure that cannot be drawn does not cost the report.
-    write_report(selection, statistics, run.layout.selection_report, run.layout.plots)
-    plot_selection(selection, statistics, run.layout.plots)
-    write_report(selection, statistics, run.layout.selection_report, run.layout.plots)
-    logger.info("report on the selection: %s", run.layout.selection_report)
+    write_report(selection, statistics, layout.selection_report, layout.plots)
+    plot_selection(selection, statistics, layout.plots)
+    write_report(selection, statistics, layout.selection_report, layout.plots)
+    logger.info("report on the selection: %s", layout.selection_report)
 
 
 def _convert(run: Run, recipe: str) -> None:
+    from nexus_ray.cluster import run_on_worker
     from nexus_ray.conversion.initialise import convert
 
-    convert(run.config, run.layout)
+    config = run.config.for_stage("convert")
+    fits = config.convert.initialisation == "lstsq"  # the only one that runs the base
+    resources = config.resources if fits else config.resources.without_gpus()
+    run_on_worker("convert", resources, convert, config, run.layout)
 
 
 def _check_targets(config: Config) -> None:
@@ -201,7 +213,7 @@ ALL = (
         _collect,
         (),
         lambda run: {
-            **_base(run),
+            **_base(run, "collect"),
             "data": _data(run, run.config.collect.mixture),
             "collect": _dump(run.config.collect),
             "run": {"seed": run.config.run.seed},
@@ -226,7 +238,7 @@ ALL = (
         ("select",),
         lambda run: {
             "convert": _dump(run.config.convert),
-            "model": run.config.compute,
+            "model": run.config.for_stage("convert").compute,
             "roles": run.config.roles(),
             "run": {"seed": run.config.run.seed},
         },
@@ -237,7 +249,7 @@ ALL = (
         _precompute,
         (),
         lambda run: {
-            **_base(run),
+            **_base(run, "precompute"),
             "data": _data(run, run.config.train.sources) | _predicted(run, run.config.train.sources),
             "targets": _targets(run),
         },
@@ -251,7 +263,7 @@ ALL = (
         _train,
         ("convert", "precompute"),
         lambda run: {
-            **_base(run),
+            **_base(run, "train"),
             "train": _dump(run.config.train, *_WITHOUT_EFFECT),
             "run": {"seed": run.config.run.seed},
         },

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from nexus_ray.cluster import actor_options, ensure_ray, set_worker_threads
+from nexus_ray.cluster import actor_options, ensure_ray, find_place, set_worker_threads
 from nexus_ray.config import Config, Section, load_config
 from nexus_ray.config.serving import ServeSection
 from nexus_ray.errors import ConfigError, NexusError
@@ -109,13 +109,18 @@ def build_app(args: dict[str, Any]) -> Application:
     return application(load_config(arguments.config, arguments.overrides))
 
 
-def application(config: Config) -> Application:
+def application(config: Config, selector: dict[str, str] | None = None) -> Application:
     """The application of a run.
+
+    Args:
+        config: the run.
+        selector: label selector of the nodes that replicas may be on; default: any.
 
     Raises:
         ConfigError: two models have one name, or an API key is garbled.
         ArtefactError: the run has no trained overlay.
     """
+    config = config.for_stage("serve")
     overlays = overlays_of(config)
     keys = keys_of_environment()
     KeyFile(config.serve.api_keys, keys)  # refuse here, not in a replica
@@ -123,7 +128,7 @@ def application(config: Config) -> Application:
     bound: Application = deployment.options(
         **_scale(config.serve),
         user_config={"overlays": {name: str(path.resolve()) for name, path in overlays.items()}},
-        ray_actor_options=actor_options(config.resources),
+        ray_actor_options=actor_options(config.resources) | ({"label_selector": selector} if selector else {}),
         max_queued_requests=_MOST_QUEUED,
         max_ongoing_requests=config.serve.max_concurrent_requests + _ROOM_FOR_REFUSALS,
         graceful_shutdown_timeout_s=config.serve.drain_seconds,
@@ -152,16 +157,17 @@ def run_service(config: Config, *, blocking: bool = True) -> None:
     Raises:
         ConfigError: the port is taken or the host is not this machine's.
         ArtefactError: the run has no trained overlay.
-        NexusError: a replica cannot start.
+        NexusError: there is no place for the replicas, or one cannot start.
     """
-    app = application(config)
+    application(config)  # refuses what is wrong before anything is started
     ensure_ray()
     started_here = not serve.status().proxies
     if started_here:
         _require_free(config.serve.host, config.serve.port)
     with _terminable():
         try:
-            _deploy(app, config)
+            selector = find_place("serve", config.resources.of("serve"), config.serve.replicas)
+            _deploy(application(config, selector), config)
             if blocking:
                 threading.Event().wait()
         except KeyboardInterrupt:

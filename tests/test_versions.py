@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import nexus_ray
-from nexus_ray.cluster import _Guarded
+from nexus_ray.cluster.pool import _Guarded
 from nexus_ray.errors import NexusError
 from nexus_ray.versions import driver_versions, require_same, versions_here
 

@@ -50,12 +50,14 @@ def export(
 ) -> None:
     """Write base and overlay as one Hugging Face directory, which loads after `import nexus_ray`."""
     from nexus_ray.cli.done import say_done
+    from nexus_ray.cluster import run_on_worker
     from nexus_ray.huggingface.export import describe, export
     from nexus_ray.layout import RunLayout
 
     loaded = load(config, overrides, verbose, quiet, Config).config
     chosen = place(overlay) if overlay else RunLayout(loaded.run.directory).overlay
-    done = export(loaded.model.path, chosen, to, overwrite=overwrite, check=_merge_check if check else None)
+    resources, proof = loaded.resources.of("export").without_gpus(), _merge_check if check else None
+    done = run_on_worker("export", resources, export, loaded.model.path, chosen, to, overwrite=overwrite, check=proof)
     output.print(describe(done), highlight=False, soft_wrap=True)
     say_done("export", {"export": to})
 

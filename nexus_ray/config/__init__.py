@@ -16,6 +16,7 @@ from nexus_ray.config.resolve import (
     resolve_config,
     save_config,
 )
+from nexus_ray.config.resources import ResourcesSection, ResourceStage
 from nexus_ray.config.scheduled import Scheduled
 from nexus_ray.config.schema import STAGES, Config, PretrainRun
 from nexus_ray.config.sections import (
@@ -31,7 +32,6 @@ from nexus_ray.config.sections import (
     ModelSection,
     Predict,
     PretrainSection,
-    ResourcesSection,
     RunSection,
     SelectSection,
     SourceSection,
@@ -74,6 +74,7 @@ __all__ = [
     "PretrainRun",
     "PretrainSection",
     "Resolved",
+    "ResourceStage",
     "ResourcesSection",
     "RoutersSection",
     "RunSection",

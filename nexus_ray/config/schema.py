@@ -10,6 +10,7 @@ from pydantic import model_validator
 
 from nexus_ray.config.base import Section
 from nexus_ray.config.planning import PlanSection
+from nexus_ray.config.resources import ResourcesSection, ResourceStage
 from nexus_ray.config.sections import (
     CollectSection,
     ConvertSection,
@@ -17,7 +18,6 @@ from nexus_ray.config.sections import (
     EvaluateSection,
     ModelSection,
     PretrainSection,
-    ResourcesSection,
     RunSection,
     SelectSection,
     TargetsSection,
@@ -43,6 +43,10 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     serve: ServeSection = ServeSection()
     plan: PlanSection = PlanSection()
+
+    def for_stage(self, stage: ResourceStage) -> Self:
+        """The run as one stage sees it: `resources`, and with them the device, are that stage's."""
+        return self.model_copy(update={"resources": self.resources.of(stage)})
 
     @property
     def compute_device(self) -> Literal["cpu", "cuda"]:
@@ -115,6 +119,10 @@ class PretrainRun(Section):
     data: DataSection
     resources: ResourcesSection = ResourcesSection()
     pretrain: PretrainSection
+
+    def for_stage(self, stage: ResourceStage) -> Self:
+        """The run as one stage sees it: `resources` are that stage's."""
+        return self.model_copy(update={"resources": self.resources.of(stage)})
 
 
 def _require_targets(name: str, section: TrainSourceSection, train: TrainSection, targets: TargetsSection) -> None:

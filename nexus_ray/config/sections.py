@@ -99,36 +99,6 @@ class DataSection(Section):
     )
 
 
-class ResourcesSection(Section):
-    """What Ray gives to each worker of a stage."""
-
-    workers: int = Field(2, ge=1, description="workers of a stage")
-    min_workers: int | None = Field(
-        None,
-        ge=1,
-        description="a pool over text starts with as many and grows to `workers`; training makes do with as many; "
-        "default: all at once",
-    )
-    cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and torch threads, of a worker")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs of a worker; 0 runs on CPU")
-    memory_gib_per_worker: float | None = Field(None, gt=0, description="memory that Ray reserves for a worker")
-    max_failures: int = Field(
-        2,
-        ge=0,
-        description="worker crashes in a row, without a new checkpoint between them, that training recovers from by "
-        "itself; lost nodes do not count",
-    )
-    max_wait_minutes: float = Field(
-        30, gt=0, description="how long a stage waits for nodes that can hold its workers before it ends"
-    )
-
-    @model_validator(mode="after")
-    def _pool_can_grow(self) -> Self:
-        if self.min_workers is not None and self.min_workers > self.workers:
-            raise ValueError(f"min_workers ({self.min_workers}) is more than workers ({self.workers})")
-        return self
-
-
 class CollectSection(Section):
     """Router statistics: on which text, and what is recorded."""
 

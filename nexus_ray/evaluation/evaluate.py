@@ -60,6 +60,7 @@ def evaluate(config: Config, layout: RunLayout) -> Evaluation:
     if not exists(layout.overlay):
         raise ArtefactError(f"no trained overlay at {layout.overlay}", "run `nexus-ray train CONFIG`")
     check_tasks(config.evaluate.lm_eval)
+    config = config.for_stage("evaluate")
     shards, items = plan_scoring(config)
     tasks = run_tasks(config, layout)  # first: data that cannot be had is found before hours of scoring, not after
     worker = {"config": config, "overlay": layout.overlay}

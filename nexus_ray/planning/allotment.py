@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from nexus_ray.config import Config, ResourcesSection
+from nexus_ray.config import Config, ResourcesSection, ResourceStage
 
 
 def allotted(config: Config, stage: str) -> ResourcesSection:
     """The resources of a stage's workers; `serve` has replicas instead of workers."""
+    resources = config.resources.of(cast(ResourceStage, stage))
     if stage == "serve":
-        return config.resources.model_copy(update={"workers": config.serve.replicas})
-    return config.resources
+        return resources.model_copy(update={"workers": config.serve.replicas})
+    return resources
 
 
 def with_gpus(config: Config, gpus: int) -> Config:

@@ -112,7 +112,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     sizes = model_sizes(config.model.path)
     text = measure_text(config)
     whole = with_assumed_text(config, text)
-    worker = Worker.of(config, sizes, whole)
+    worker = Worker.of(config.for_stage("precompute"), sizes, whole)
     needs = stage_needs(config, sizes, whole)
     stages = tuple(with_change(judge(stage, machine), config, sizes, whole, machine) for stage in needs)
     return Plan(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from nexus_ray.config import Config
+from nexus_ray.config import Config, ResourceStage
 from nexus_ray.modeling.head import chunk_positions
 from nexus_ray.planning.conversion import convert_needs
 from nexus_ray.planning.needs import Part, Phase, StageNeeds, phase
@@ -28,15 +28,20 @@ _LIVE_ROWS = 4  # probabilities, centred ones, selections, gates
 
 def stage_needs(config: Config, sizes: ModelSizes, text: Mapping[str, SourceText]) -> list[StageNeeds]:
     """Memory of every stage that loads the model or writes its weights, in order."""
-    worker = Worker.of(config, sizes, text)
-    workers, overlay = config.resources.workers, worker.overlay_loading()
+
+    def worker(stage: ResourceStage) -> Worker:
+        return Worker.of(config.for_stage(stage), sizes, text)
+
+    collect, precompute = worker("collect"), worker("precompute")
+    evaluate, serve = worker("evaluate"), worker("serve")
+    overlay = evaluate.overlay_loading()
     stages = [
-        worker.stage("collect", workers, _observation),
-        convert_needs(worker),
-        worker.stage("precompute", workers, precompute_phases),
-        training_needs(worker),
-        worker.stage("evaluate", workers, _evaluation, host=overlay),
-        worker.stage("serve", config.serve.replicas, _serving, host=overlay),
+        collect.stage("collect", collect.workers, _observation),
+        convert_needs(worker("convert")),
+        precompute.stage("precompute", precompute.workers, precompute_phases),
+        training_needs(worker("train")),
+        evaluate.stage("evaluate", evaluate.workers, _evaluation, host=overlay),
+        serve.stage("serve", config.serve.replicas, _serving, host=overlay),
     ]
     return [stage for stage in stages if stage.phases]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import ceil
-from typing import Any
+from typing import Any, cast
 
-from nexus_ray.config import Config
+from nexus_ray.config import Config, ResourceStage
 from nexus_ray.planning.allotment import replaced
 from nexus_ray.planning.machine import Machine
 from nexus_ray.planning.needs import GIB, MIB, Phase, StageNeeds
@@ -113,13 +113,14 @@ def with_change(
     """The verdict with the first settings that would make its stage fit."""
     if verdict.fits:
         return verdict
-    stage, changes = verdict.needs.stage, dict[str, Any]()
+    stage, changes = cast(ResourceStage, verdict.needs.stage), dict[str, Any]()
+    seen = config.for_stage(stage)
 
     def fits(settings: dict[str, Any]) -> bool:
-        needs = {each.stage: each for each in stage_needs(replaced(config, settings), sizes, text)}
+        needs = {each.stage: each for each in stage_needs(replaced(seen, settings), sizes, text)}
         return stage not in needs or judge(needs[stage], machine).fits
 
-    for field, value in _candidates(config, stage, verdict.needs):
+    for field, value in _candidates(seen, stage, verdict.needs):
         changes[field] = value
         if fits(changes):
             break
@@ -129,7 +130,16 @@ def with_change(
         fewer = {name: value for name, value in changes.items() if name != field}
         if fits(fewer):
             changes = fewer
-    return replace(verdict, change=tuple(f"{name}={_as_yaml(value)}" for name, value in changes.items()))
+    named = {_named(name, config, stage): value for name, value in changes.items()}
+    return replace(verdict, change=tuple(f"{name}={_as_yaml(value)}" for name, value in named.items()))
+
+
+def _named(name: str, config: Config, stage: ResourceStage) -> str:
+    """The setting that decides `name` for a stage: its own, where it has one."""
+    section, field = name.split(".")
+    given = config.resources.stages.get(stage)
+    is_own = section == "resources" and given is not None and field in given.model_fields_set
+    return f"resources.stages.{stage}.{field}" if is_own else name
 
 
 def _candidates(config: Config, stage: str, needs: StageNeeds) -> Iterator[tuple[str, Any]]:

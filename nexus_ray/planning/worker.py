@@ -36,7 +36,7 @@ class Worker:
     """What all stages of a run with a model in memory have in common.
 
     Attributes:
-        config: the run.
+        config: the run, as its stage sees it.
         sizes: of the base.
         device: where the model is.
         devices: how many one worker spreads it over.
@@ -61,7 +61,7 @@ class Worker:
 
     @classmethod
     def of(cls, config: Config, sizes: ModelSizes, text: Mapping[str, SourceText] | None = None) -> Worker:
-        """The worker of a run; `text`: training text by source, as far as it is known."""
+        """The worker of a run as one stage sees it; `text`: training text by source, as far as it is known."""
         device, dtype = config.compute_device, dtype_of(config)
         weights = base_weights(sizes, packed=config.model.experts == "packed", dtype=dtype, device=device)
         devices = max(1, int(config.resources.gpus_per_worker)) if device == "cuda" else 1
@@ -90,6 +90,11 @@ class Worker:
         of = [base_weights(each, packed=packed, dtype=self.dtype, device=self.device).own for each in self.sizes.layers]
         mine = sum(of[layer] for layer in self.layers[self.at])
         return mine + (self.weights.own - sum(of) if self.is_first else 0)
+
+    @property
+    def workers(self) -> int:
+        """How many of them its stage has."""
+        return self.config.resources.workers
 
     def work(self, sequences: int, length: int | None = None) -> Workload:
         """A forward pass of this many sequences."""
@@ -178,7 +183,7 @@ class Worker:
 
 def dtype_of(config: Config) -> torch.dtype:
     """Of the model's computation."""
-    return _DTYPES[config.compute_dtype]
+    return dtype_of(config)
 
 
 def _worst(phases: tuple[Phase, ...]) -> int:

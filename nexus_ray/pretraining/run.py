@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, GptOssForCausalLM
 
 from nexus_ray.checkpoints.quantised_export import export_mxfp4
+from nexus_ray.cluster import run_on_worker
 from nexus_ray.config import ModelSection, PretrainRun, flatten_values
 from nexus_ray.data.packing import Batch, batches, pack_shard, token_byte_lengths
 from nexus_ray.data.sources import describe_files, list_shards
@@ -49,6 +50,7 @@ def pretrain(run: PretrainRun) -> Path:
         ModelError: the tokenizer is missing.
         DataError: the text is missing or too short.
     """
+    run = run.for_stage("pretrain")
     if not (run.pretrain.tokenizer / "tokenizer.json").exists():
         raise ModelError(
             f"pretrain.tokenizer: no tokenizer.json in {run.pretrain.tokenizer}",
@@ -72,7 +74,7 @@ def pretrain(run: PretrainRun) -> Path:
             steps=run.pretrain.steps,
             checkpoints=layout.checkpoints,
         )
-        return export(run, layout)
+        return run_on_worker("export the model", run.resources.without_gpus(), export, run, layout)
 
 
 def _refuse_other_settings(run: PretrainRun, layout: RunLayout) -> None:

@@ -152,7 +152,7 @@ def read_candidates(
 ) -> tuple[dict[str, CalibrationText], dict[str, tuple[int, str]]]:
     """Candidates by source, in shard order, and by source how many rows could not be read and the first of them."""
     items = [{"shard": item.shard.as_row(), "sequences": item.sequences} for item in work]
-    cpu_only = config.resources.model_copy(update={"gpus_per_worker": 0.0, "memory_gib_per_worker": None})
+    cpu_only = config.resources.without_gpus().model_copy(update={"memory_gib_per_worker": None})
     rows = map_over_pool(CandidateReader, {"config": config}, items, cpu_only, "read calibration text")
     found = {int(row["shard"]): row for row in rows}
     sources, skipped = {}, {}

@@ -71,7 +71,7 @@ def collect(config: Config, layout: RunLayout, overlay: Place | None = None) -> 
         DataError: a source is missing or unreadable, or the router gives NaN.
         StorageError: the file system refused.
     """
-    started = time.monotonic()
+    started, config = time.monotonic(), config.for_stage("collect")
     if overlay is None:
         calibration, output = choose_calibration(config, layout.calibration), layout.router_stats
     else:
@@ -218,7 +218,7 @@ def _merge_parts(parts: Parts, units: Sequence[Unit], description: Description) 
 
 def describe_statistics(config: Config, calibration: Calibration, overlay: Place | None) -> Description:
     """What statistics of this run's base, or of its student, would say of themselves."""
-    model = read_model_config(config.model.path)
+    config, model = config.for_stage("collect"), read_model_config(config.model.path)
     dimensions = family_of(model).dimensions(model)
     samples = calibration.description.samples
     return Description(

@@ -9,6 +9,7 @@ from torch import nn
 
 from nexus_ray.checkpoints.overlay import OverlayConfig, add_routers, load_overlay, load_overlay_config, save_overlay
 from nexus_ray.checkpoints.reader import read_model_config
+from nexus_ray.cluster import run_on_worker
 from nexus_ray.config import Config, flatten
 from nexus_ray.errors import ArtefactError
 from nexus_ray.families import family_of
@@ -35,7 +36,7 @@ def check_training(config: Config, layout: RunLayout) -> None:
         DataError: a source has too few sequences.
     """
     description = load_overlay_config(layout.initial_overlay)
-    check_targets(TargetSet.open(layout.targets).manifest, config, description)
+    check_targets(TargetSet.open(layout.targets).manifest, config.for_stage("train"), description)
 
 
 def train(config: Config, layout: RunLayout) -> OverlayConfig:
@@ -44,12 +45,13 @@ def train(config: Config, layout: RunLayout) -> OverlayConfig:
     Raises:
         NexusError: training failed.
     """
+    config = config.for_stage("train")
     report_epochs(TargetSet.open(layout.targets).manifest, config)
     arguments = {"config": config.model_dump(mode="json")}
     trainer.run_distributed(
         _loop, arguments, layout.training, config.resources, steps=config.train.steps, checkpoints=layout.checkpoints
     )
-    return _write_best(config, layout)
+    return run_on_worker("write the overlay", config.resources.without_gpus(), _write_best, config, layout)
 
 
 def _loop(arguments: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nexus_ray.cluster.deaths import OUT_OF_MEMORY_HINT, is_out_of_memory
 from nexus_ray.errors import NexusError
-from nexus_ray.nodes import OUT_OF_MEMORY_HINT, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 MOST_LOST_IN_A_ROW = 20  # nodes without a checkpoint between them: steps that never end are no progress

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from nexus_ray import worker_log
-from nexus_ray.cluster import actor_options, begin_as_worker, ensure_ray, needs
+from nexus_ray.cluster import begin_as_worker, bundle, find_place, needs
+from nexus_ray.cluster.deaths import alive_nodes, lost_since, seconds_to_notice
+from nexus_ray.cluster.patience import patience
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError
 from nexus_ray.heartbeat import doing
-from nexus_ray.nodes import alive_nodes, as_resources, lost_since, seconds_to_notice
 from nexus_ray.observing import Origin, origin, telling_from
 from nexus_ray.observing.links import tell_training
 from nexus_ray.observing.trainings import failure_callback
-from nexus_ray.patience import patience
 from nexus_ray.storage import Place, cache_root, digest, is_remote, make_directory
 from nexus_ray.training.messages import Messages
 from nexus_ray.training.recovery import steps_reached
@@ -60,23 +60,25 @@ def run_distributed(
         checkpoints: directory of the recovery checkpoints: they show whether a training that fails gets on.
 
     Raises:
-        NexusError: the loop failed; carries the worker's message. Or there was no place for its workers.
+        NexusError: there is no place for the workers; or the loop failed: it carries the worker's message.
     """
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the configuration must keep working
-    ensure_ray()
+    fewest = resources.min_workers or resources.workers
+    selector = find_place("training", resources, fewest)
     tell_training()
     messages = Messages.open()
     attempts = Attempts(resources.max_failures, resources.max_wait_minutes)
-    request, fewest = as_resources(actor_options(resources)), resources.min_workers or resources.workers
     worker_log.expect_workers()
     with (
         following(messages.new_records, steps, "train"),
         doing(lambda: worker_log.what_workers_do(needs(resources))),
-        patience("training", request, fewest, resources.max_wait_minutes),
+        patience("training", bundle(resources), fewest, resources.max_wait_minutes),
         _ctrl_c_ours_again(),
         checkpoint_before_stopping(messages),
     ):
-        while not _attempt(_trainer(loop, arguments, directory, resources, messages), messages, attempts, checkpoints):
+        while not _attempt(
+            _trainer(loop, arguments, directory, resources, selector, messages), messages, attempts, checkpoints
+        ):
             pass
 
 
@@ -85,6 +87,7 @@ def _trainer(
     arguments: dict[str, Any],
     directory: Place,
     resources: ResourcesSection,
+    selector: dict[str, str],
     messages: Messages,
 ) -> Any:
     """Ray Train's trainer; what it counts as failures is left to `Attempts`."""
@@ -98,7 +101,9 @@ def _trainer(
         scaling_config=ScalingConfig(
             num_workers=_workers(resources),  # type: ignore[arg-type]  # Ray's annotation is of its first version
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=as_resources(actor_options(resources)),
+            resources_per_worker=bundle(resources),
+            placement_strategy=resources.placement or "PACK",
+            label_selector=selector or None,  # type: ignore[call-arg]
         ),
         run_config=RunConfig(
             name=state.name,

@@ -295,6 +295,15 @@ def test_only_the_change_that_is_needed_is_named(micro_config: MakeConfig, machi
     assert {s.needs.stage: s.change for s in plan.stages}["train"] == ("resources.workers=1",)
 
 
+def test_a_setting_that_a_stage_has_for_itself_is_named_as_its_own(
+    micro_config: MakeConfig, machine: Machines, tmp_path: Path
+) -> None:
+    config = micro_config(tmp_path, **{"resources.stages.train": {"workers": 2, "gpus_per_worker": 1}})
+    stages = {stage.needs.stage: stage for stage in make_plan(config, machine(gpus=(80.0,))).stages}
+    assert stages["train"].change == ("resources.stages.train.workers=1",)
+    assert (stages["train"].needs.device, stages["collect"].needs.device) == ("cuda", "cpu")
+
+
 def test_a_damaged_tokenizer_is_refused(micro_config: MakeConfig, micro_model: Path, tmp_path: Path) -> None:
     shutil.copytree(micro_model, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text("{}")

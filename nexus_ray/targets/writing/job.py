@@ -79,7 +79,7 @@ def job_of_run(config: Config) -> PrecomputeJob:
     sizes = {"vocabulary": model["vocab_size"], "hidden_size": dimensions.hidden_size}
     header = Header(
         base_fingerprint=fingerprint(config.model.path),
-        compute=config.compute if output | router else None,
+        compute=config.for_stage("precompute").compute if output | router else None,
         tokenizer_sha256=tokenizer_digest(tokenizer),
         vocabulary=model["vocab_size"],
         sequence_length=config.data.sequence_length,

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 def precompute_run(config: Config, layout: RunLayout) -> Manifest:
     """Make the target set of a run; raises what `job_of_run` and `precompute` raise."""
-    return precompute(job_of_run(config), layout.targets, config.resources)
+    return precompute(job_of_run(config), layout.targets, config.resources.of("precompute"))
 
 
 def precompute(job: PrecomputeJob, output: Place, resources: ResourcesSection) -> Manifest:

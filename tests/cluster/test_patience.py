@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from nexus_ray import nodes, patience
+from nexus_ray.cluster.deaths import as_resources, lost_since, places, seconds_to_notice
 from nexus_ray.errors import NexusError
-from nexus_ray.nodes import as_resources, lost_since, places, seconds_to_notice
 
 GIB = float(2**30)
 

@@ -46,12 +46,6 @@ def lost_since(before: Mapping[str, object], patience: float = NOTICED_SECONDS) 
         time.sleep(0.5)
 
 
-def as_resources(options: Mapping[str, float]) -> dict[str, float]:
-    """What nodes call the resources that the options of an actor ask for."""
-    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
-    return {names.get(name, name): amount for name, amount in options.items() if amount}
-
-
 def places(request: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]]) -> int:
     """How many workers that each need `request` the nodes could hold, if they did nothing else."""
     return sum(

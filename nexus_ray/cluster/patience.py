@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from nexus_ray.cluster.deaths import OUT_OF_MEMORY_HINT, alive_nodes, dead_workers, places
 from nexus_ray.errors import NexusError
-from nexus_ray.nodes import OUT_OF_MEMORY_HINT, alive_nodes, dead_workers, places
 
 logger = logging.getLogger(__name__)
 _LOOK_SECONDS = 2.0

@@ -1,4 +1,4 @@
-"""Ray: connecting or starting it, and mapping work over a pool of actors.
+"""Mapping work over a pool of actors.
 
 All stages that pass over text use `map_over_pool`: Ray Data streams the work items to an actor pool and results
 come back as they finish, under one progress bar.
@@ -7,142 +7,28 @@ come back as they finish, under one progress bar.
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import socket
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from nexus_ray import worker_log
+from nexus_ray.cluster.deaths import OUT_OF_MEMORY_HINT
+from nexus_ray.cluster.nodes import needs
+from nexus_ray.cluster.patience import patience
+from nexus_ray.cluster.placement import find_place
+from nexus_ray.cluster.requests import actor_options, bundle
+from nexus_ray.cluster.session import begin_as_worker
 from nexus_ray.config import ResourcesSection
 from nexus_ray.console import progress
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
 from nexus_ray.heartbeat import doing
-from nexus_ray.nodes import OUT_OF_MEMORY_HINT, as_resources
-from nexus_ray.observing.command import record_signal
-from nexus_ray.observing.links import tell_ray
 from nexus_ray.observing.pools import PoolWatch, WatchedWorker
-from nexus_ray.patience import patience
-from nexus_ray.versions import driver_versions, require_same
+from nexus_ray.versions import driver_versions
 
 logger = logging.getLogger(__name__)
 _TRIES = 4  # workers that may die, for each that is wanted, before another piece of work is finished
-_ANSWER_SECONDS = 10.0  # for a cluster to take a connection
+_STRATEGIES = {"PACK": "DEFAULT", "SPREAD": "SPREAD"}  # Ray's names of them, where there is no placement group
 _TASKS_IN_FLIGHT = 2  # one at work and one waiting: more would leave workers idle at the end
-
-
-def ensure_ray() -> None:
-    """Connect to the cluster that RAY_ADDRESS names (a submitted job has it), else start Ray here.
-
-    Ray's CPUs are logical: at least four, so that a two-worker stage and its coordinator fit a two-core laptop.
-    """
-    # Ray's C++ core prints notices to the terminal that no user can act on.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    import ray
-
-    if ray.is_initialized():
-        return
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        context = _connect(address, quiet)
-    else:
-        logger.info("starting Ray on this machine")
-        # "local": without it Ray would join whatever cluster was last started on this machine.
-        context = ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **quiet)
-    worker_log.listen(everything=logger.isEnabledFor(logging.DEBUG))
-    stop_as_on_ctrl_c()
-    tell_ray(context)
-
-
-def _connect(address: str, options: dict[str, Any]) -> Any:
-    """Join a cluster that runs already.
-
-    Raises:
-        NexusError: there is none, or it has another Python or Ray.
-    """
-    import ray
-
-    nobody = NexusError(
-        f"no Ray cluster answers at RAY_ADDRESS={address}",
-        "start it or correct the address; without RAY_ADDRESS Ray is started on this machine",
-    )
-    if _is_deaf(address):
-        raise nobody
-    try:
-        return ray.init(address="auto", **options)
-    except ConnectionError as error:
-        raise nobody from error
-    except RuntimeError as error:
-        if "ersion mismatch" not in str(error):
-            raise
-        raise NexusError(
-            f"the cluster at RAY_ADDRESS={address} does not fit this process. {error}",
-            "install the same Python and Ray in both; or let the cluster's own run it: `ray job submit --working-dir . "
-            "-- python jobs/pipeline.py CONFIG`",
-        ) from error
-
-
-def _is_deaf(address: str) -> bool:
-    """Whether it is a host and port where nothing listens: Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdigit():
-        return False
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
-    except OSError:
-        return True
-    return False
-
-
-def stop_as_on_ctrl_c() -> None:
-    """Let SIGTERM, which stopped jobs get, do what Ctrl-C does; Ray would end the process at once."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
-
-
-def stop(number: int = signal.SIGINT, *_: object) -> None:
-    """Do what Ctrl-C does, also where it is ignored: shell scripts start what they end with `&` like that."""
-    record_signal(number)
-    if callable(signal.getsignal(signal.SIGINT)):
-        signal.raise_signal(signal.SIGINT)
-    else:
-        raise KeyboardInterrupt
-
-
-def actor_options(resources: ResourcesSection) -> dict[str, Any]:
-    """Ray's resource request for one worker."""
-    options: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
-    if resources.memory_gib_per_worker is not None:
-        options["memory"] = int(resources.memory_gib_per_worker * 2**30)
-    return options
-
-
-def needs(resources: ResourcesSection) -> str:
-    """What a worker needs beside what is free in the cluster, in words."""
-    import ray
-
-    request = actor_options(resources)
-    wanted = {"CPU": request["num_cpus"], "GPU": request["num_gpus"]}
-    wanted = {name: count for name, count in wanted.items() if count}
-    free, nodes = ray.available_resources(), sum(node["Alive"] for node in ray.nodes())
-    there = ", ".join(f"{name} {free.get(name, 0):g}" for name in wanted)
-    each = ", ".join(f"{name} {count:g}" for name, count in wanted.items())
-    return f"each needs {each}; free on {nodes} node{'' if nodes == 1 else 's'}: {there}"
-
-
-def begin_as_worker(stage: str, driver: dict[str, str]) -> None:
-    """What every worker does first: speak to the driver, and see whether it runs the same code and versions.
-
-    Raises:
-        NexusError: it does not.
-    """
-    import ray
-
-    worker_log.speak_as(stage)
-    require_same(driver, ray.util.get_node_ip_address())
 
 
 def map_over_pool(
@@ -167,7 +53,7 @@ def map_over_pool(
     """
     if not items:
         return
-    ensure_ray()
+    selector = find_place(description, resources)
     import ray
 
     _quiet_ray_data()
@@ -187,14 +73,14 @@ def map_over_pool(
             fn_constructor_kwargs={"make": _Guarded, "arguments": guarded, "labels": watch.labels},
             compute=pool,
             max_task_retries=-1,  # Ray counts each call of a worker whose node is lost but not yet missed: dozens
-            **actor_options(resources),
+            **_pool_options(resources, selector),
         )
     unit, total = amount or ("", len(items))
     forecast = Forecast(total)
     worker_log.expect_workers()
     with (
         watch,
-        patience(description, as_resources(actor_options(resources)), 1, resources.max_wait_minutes) as patient,
+        patience(description, bundle(resources), 1, resources.max_wait_minutes) as patient,
         progress(description, total, unit, about=bool(expected)) as advance,
         doing(lambda: worker_log.what_workers_do(needs(resources))),
     ):
@@ -207,6 +93,16 @@ def map_over_pool(
             steps = int(row[unit]) if unit else 1
             advance(steps, forecast.after(steps, int(row[expected])) if expected else None)
             yield row
+
+
+def _pool_options(resources: ResourcesSection, selector: dict[str, str]) -> dict[str, Any]:
+    """Options of the actors: what each of them gets, and where it may be."""
+    options = actor_options(resources)
+    if selector:
+        options["label_selector"] = selector
+    if resources.placement is not None:
+        options["scheduling_strategy"] = _STRATEGIES[resources.placement]
+    return options
 
 
 class Forecast:
@@ -286,10 +182,3 @@ def _quiet_ray_data() -> None:
     context.print_on_execution_start = False
     # Its errors reach us as exceptions, and `_surviving` puts them into words.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-
-
-def set_worker_threads(resources: ResourcesSection) -> None:
-    """Give torch as many threads as the worker has CPUs: results must not depend on the machine's core count."""
-    import torch
-
-    torch.set_num_threads(resources.cpus_per_worker)
