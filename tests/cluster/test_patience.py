@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from nexus_ray import nodes, patience
-from nexus_ray.cluster.deaths import as_resources, lost_since, places, seconds_to_notice
+from nexus_ray.cluster import deaths, patience
+from nexus_ray.cluster.deaths import lost_since, places, seconds_to_notice
 from nexus_ray.errors import NexusError
 
 GIB = float(2**30)
@@ -27,7 +27,7 @@ class Cluster:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     found = Cluster()
-    for module in (nodes, patience):
+    for module in (deaths, patience):
         monkeypatch.setattr(module, "alive_nodes", lambda: dict(found.nodes))
         monkeypatch.setattr(module, "dead_workers", lambda: dict(found.dead))
     monkeypatch.setattr(patience, "_LOOK_SECONDS", 0.01)
@@ -53,10 +53,6 @@ def test_places_are_counted_by_what_is_scarcest_on_each_node() -> None:
     assert places({"CPU": 1.0, "memory": 4 * GIB}, there) == 3
     assert places({"CPU": 1.0, "GPU": 1.0}, there) == 0
     assert places({"GPU": 0.5}, {"a": {"GPU": 2.0}}) == 4
-
-
-def test_actor_options_are_translated_and_what_is_not_asked_for_left_out() -> None:
-    assert as_resources({"num_cpus": 2, "num_gpus": 0, "memory": 5}) == {"CPU": 2, "memory": 5}
 
 
 def test_a_node_that_is_noticed_late_counts_as_lost(cluster: Cluster) -> None:
@@ -116,12 +112,12 @@ def test_waiting_starts_anew_when_a_node_comes(cluster: Cluster) -> None:
 def test_workers_that_die_before_they_have_done_anything_end_the_stage(cluster: Cluster) -> None:
     cluster.nodes = {"one": {"CPU": 1.0}}
     cluster.dead = {b"of an earlier stage": True}
-    deaths = threading.Timer(0.2, cluster.dead.update, [{bytes([number]): False for number in range(3)}])
+    dying = threading.Timer(0.2, cluster.dead.update, [{bytes([number]): False for number in range(3)}])
     with (
         pytest.raises(NexusError, match="collect: 3 workers died, and none has finished anything since"),
         patience.patience("collect", {"CPU": 1.0}, 1, minutes=10) as watch,
     ):
-        wait_for_ever(after=lambda: (watch.may_die(3), deaths.start()))
+        wait_for_ever(after=lambda: (watch.may_die(3), dying.start()))
 
 
 def test_those_that_run_out_of_memory_are_told_from_others(cluster: Cluster) -> None:

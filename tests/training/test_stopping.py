@@ -6,13 +6,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from nexus_ray import worker_log
-from nexus_ray.training import stopping
-from nexus_ray.training.stopping import StopRequest, checkpoint_before_stopping, seconds_for_checkpoint
+from nexus_ray.training import stopping, trainer
+from nexus_ray.training.messages import Box, Messages
+from nexus_ray.training.stopping import checkpoint_before_stopping, seconds_for_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -24,64 +24,77 @@ def _signals_as_before() -> Iterator[None]:
     worker_log.expect_workers()
 
 
-class FirstWorker(threading.Thread):
-    """Looks for the request at each of its steps, and takes a moment to write its checkpoint."""
+class Wishes(Messages):
+    """Messages without Ray: the driver and the first worker of one process."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self) -> None:
+        self.box = Box()
+
+    def want_checkpoint(self, wanted: bool) -> None:
+        self.box.want_checkpoint(wanted)
+
+    def is_checkpoint_wanted(self) -> bool:
+        return self.box.is_wanted()
+
+
+class FirstWorker(threading.Thread):
+    """Looks for the wish at each of its steps, and takes a moment to write its checkpoint."""
+
+    def __init__(self, wishes: Wishes) -> None:
         super().__init__(daemon=True)
-        self.request = StopRequest(directory)
+        self.wishes = wishes
         self.has_written = False
 
     def run(self) -> None:
         deadline = time.monotonic() + 60
-        while not self.request.is_there() and time.monotonic() < deadline:
+        while not self.wishes.is_checkpoint_wanted() and time.monotonic() < deadline:
             time.sleep(0.01)
         self.has_written = True
-        self.request.answer()
+        self.wishes.want_checkpoint(False)
 
 
 def workers_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(worker_log._heard, "state", "ready")
 
 
-def test_sigterm_waits_for_the_checkpoint_and_then_stops(tmp_path, monkeypatch):
+def test_sigterm_waits_for_the_checkpoint_and_then_stops(monkeypatch):
     workers_are_ready(monkeypatch)
-    monkeypatch.setattr(stopping, "_LOOK_EVERY_SECONDS", 0.0)
-    worker = FirstWorker(tmp_path)
-    with pytest.raises(KeyboardInterrupt), checkpoint_before_stopping(tmp_path):  # noqa: PT012
+    wishes = Wishes()
+    worker = FirstWorker(wishes)
+    with pytest.raises(KeyboardInterrupt), checkpoint_before_stopping(wishes):  # noqa: PT012
         worker.start()
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError
     worker.join(60)
     assert worker.has_written
-    assert not list(tmp_path.iterdir())
 
 
-def test_without_an_answer_it_stops_when_its_time_is_up(tmp_path, monkeypatch):
+def test_without_an_answer_it_stops_when_its_time_is_up(monkeypatch):
     workers_are_ready(monkeypatch)
     monkeypatch.setattr(stopping, "seconds_for_checkpoint", lambda: 0.2)
-    with pytest.raises(KeyboardInterrupt), checkpoint_before_stopping(tmp_path):
+    wishes = Wishes()
+    with pytest.raises(KeyboardInterrupt), checkpoint_before_stopping(wishes):
         signal.raise_signal(signal.SIGTERM)
-    assert not list(tmp_path.iterdir()), "no request is left for the next training"
+    assert not wishes.is_checkpoint_wanted(), "nothing is asked of the next attempt"
 
 
-def test_workers_that_are_still_loading_are_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(StopRequest, "ask", lambda *_: pytest.fail("nobody would answer"))
-    with pytest.raises(KeyboardInterrupt), checkpoint_before_stopping(tmp_path):
+def test_workers_that_are_still_loading_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr(stopping, "wait_for_checkpoint", lambda *_: pytest.fail("nobody would answer"))
+    with pytest.raises(KeyboardInterrupt), checkpoint_before_stopping(Wishes()):
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_a_request_of_a_driver_that_was_killed_is_not_taken_for_one_of_this(tmp_path):
-    (tmp_path / "stop").write_text("")
-    with checkpoint_before_stopping(tmp_path):
-        assert not StopRequest(tmp_path).is_there()
-
-
-def test_a_worker_looks_once_a_second_at_most(tmp_path):
-    request = StopRequest(tmp_path)
-    assert not request.is_there()
-    (tmp_path / "stop").write_text("")
-    assert not request.is_there()
+def test_a_worker_asks_once_a_second_at_most(monkeypatch):
+    wishes = Wishes()
+    monkeypatch.setattr(trainer, "_messages", wishes)
+    monkeypatch.setattr(trainer, "_asked", 0.0)
+    assert not trainer.is_checkpoint_wanted()
+    wishes.want_checkpoint(True)
+    assert not trainer.is_checkpoint_wanted()
+    monkeypatch.setattr(trainer, "_asked", 0.0)
+    assert trainer.is_checkpoint_wanted()
+    trainer.checkpoint_is_written()
+    assert not wishes.is_checkpoint_wanted()
 
 
 @pytest.mark.parametrize(
