@@ -21,7 +21,7 @@ from nexus_ray.pipeline import differing_settings
 from nexus_ray.pretraining.model import build_config, new_model
 from nexus_ray.pretraining.task import pretrain_worker
 from nexus_ray.run_lock import locked
-from nexus_ray.storage import read_json, write_json
+from nexus_ray.storage import exists, read_json, write_json
 from nexus_ray.targets.writing.job import job_of_text
 from nexus_ray.targets.writing.precompute import precompute
 from nexus_ray.training import trainer
@@ -90,7 +90,7 @@ def _refuse_other_settings(run: PretrainRun, layout: RunLayout) -> None:
         }
     )
     reached = steps_reached(local_only(layout.checkpoints))
-    if marker.exists() and reached:
+    if exists(marker) and reached:
         changed = differing_settings(read_json(marker, what="settings", hint=f"delete {marker}"), now)
         if changed:
             raise ConfigError(
