@@ -108,7 +108,7 @@ def inspect_checkpoint(
 @app.command()
 def plot(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run directories, paths or URIs")],
-    to: Annotated[Path, typer.Option("--output", "-o", help="figure to write, .png or .svg")] = Path("runs.png"),
+    to: Annotated[str, typer.Option("--output", "-o", help="figure to write, .png or .svg; path or URI")] = "runs.png",
     metric: Annotated[
         list[str] | None,
         typer.Option("--metric", "-m", help="draw this one, named as in TensorBoard, e.g. validation/loss; repeatable"),
@@ -124,9 +124,9 @@ def plot(
     setup_logging()
     records = read_runs([place(run) for run in runs])
     if len(records) == 1 and not metric:
-        plot_training(next(iter(records.values())), to, smoothing)
+        plot_training(next(iter(records.values())), place(to), smoothing)
     else:
-        compare_runs(records, to, metrics=metric or (), smoothing=smoothing)
+        compare_runs(records, place(to), metrics=metric or (), smoothing=smoothing)
     output.print(f"written: {to}", soft_wrap=True)
 
 

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from nexus_ray.config import Config, LmEvalSection
 from nexus_ray.errors import ConfigError, DataError
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import LoadedModel
+from nexus_ray.storage import Place
 
 _LONGEST = 4096  # tokens, unless the configuration says otherwise: logits of a batch are held whole by lm-eval
 _SAME = 1e-9  # by which a mean over questions and the figure that lm-eval reports may differ and still be one thing
@@ -83,7 +83,7 @@ class TaskRunner:
         overlay: directory of the student's overlay.
     """
 
-    def __init__(self, config: Config, overlay: Path) -> None:
+    def __init__(self, config: Config, overlay: Place) -> None:
         from nexus_ray.modeling.loading import load_student
 
         set_worker_threads(config.resources)

@@ -15,7 +15,8 @@ from nexus_ray.config import STAGES, Config
 from nexus_ray.errors import ArtefactError, ConfigError, NexusError
 from nexus_ray.layout import RunLayout
 from nexus_ray.observing.story import read_story
-from nexus_ray.pipeline import Run, locked, run_pipeline, run_single_stage
+from nexus_ray.pipeline import Run, run_pipeline, run_single_stage
+from nexus_ray.run_lock import locked
 from nexus_ray.storage import sha256_file
 from nexus_ray.training.watching.metrics import read_metrics
 
