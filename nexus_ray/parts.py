@@ -7,13 +7,11 @@ recipe, and temporary files that a killed worker left, are discarded.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeVar
 
-from nexus_ray.storage import make_directory, read_json, storage_error, write_json
+from nexus_ray.storage import Place, exists, is_remote, make_directory, read_json, remove, sizes_of, write_json
 
 logger = logging.getLogger(__name__)
 _RECIPE = "recipe.json"
@@ -41,11 +39,11 @@ class Parts:
         prefix: of the file; a recipe in it keeps a worker of another job, still dying, from passing for this one.
     """
 
-    directory: Path
+    directory: Place
     suffix: str
     prefix: str = "shard"
 
-    def path(self, work: Work) -> Path:
+    def path(self, work: Work) -> Place:
         """The file whose presence says that `work` is done; it must be written atomically and last."""
         return self.directory / f"{self.prefix}-{work.index:05d}{self.suffix}"
 
@@ -56,7 +54,7 @@ class Parts:
             StorageError: the file system refused.
         """
         marker = self.directory / _RECIPE
-        if not (marker.exists() and read_json(marker, what="recipe", hint="delete it") == recipe):
+        if not (exists(marker) and read_json(marker, what="recipe", hint="delete it") == recipe):
             self.discard()
             make_directory(self.directory)
             write_json(marker, recipe)
@@ -64,7 +62,8 @@ class Parts:
 
     def missing(self, work: Sequence[WorkT]) -> list[WorkT]:
         """Those of `work` that are not done yet."""
-        missing = [item for item in work if not self.path(item).exists()]
+        sizes = sizes_of(self.path(item) for item in work)
+        missing = [item for item, size in zip(work, sizes, strict=True) if size is None]
         if len(missing) < len(work):
             logger.info("continuing: %d of %d shards are done", len(work) - len(missing), len(work))
         return missing
@@ -75,12 +74,9 @@ class Parts:
         Raises:
             StorageError: the file system refused.
         """
-        if self.directory.exists():
-            try:
-                shutil.rmtree(self.directory)
-            except OSError as error:
-                raise storage_error(error, self.directory) from error
+        remove(self.directory)
 
     def _remove_temporaries(self) -> None:
-        for leftover in self.directory.glob(".*.partial"):
-            leftover.unlink(missing_ok=True)
+        if not is_remote(self.directory):  # in an object store nothing has a temporary name
+            for leftover in self.directory.glob(".*.partial"):
+                leftover.unlink(missing_ok=True)

@@ -10,16 +10,11 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
-from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from nexus_ray.checkpoints.fingerprint import fingerprint
 from nexus_ray.checkpoints.node_cache import local_description
@@ -27,10 +22,23 @@ from nexus_ray.checkpoints.reader import checkpoint_bytes
 from nexus_ray.config import STAGES, Config, flatten_values, save_config
 from nexus_ray.data.sources import describe_files
 from nexus_ray.data.vocabulary import tokenizer_files
-from nexus_ray.errors import ConfigError, NexusError
+from nexus_ray.errors import ConfigError
 from nexus_ray.layout import RunLayout
+from nexus_ray.run_lock import RunLock, locked
 from nexus_ray.stages import BY_NAME
-from nexus_ray.storage import digest, is_remote, make_directory, read_json, sha256_file, write_json
+from nexus_ray.storage import (
+    Place,
+    digest,
+    exists,
+    file_sizes,
+    is_remote,
+    read_json,
+    remove,
+    sha256_file,
+    size_of,
+    sizes_of,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 _LONGEST_SHOWN = 80  # characters of a setting's value in a message: lists of files are longer
@@ -87,7 +95,7 @@ class Run:
         if not all(self.is_complete(earlier) for earlier in BY_NAME[name].after):
             return False
         record_path = _record_path(self.layout, name)
-        if not record_path.exists():
+        if not exists(record_path):
             return False
         record = _read(record_path)
         return bool(
@@ -99,7 +107,7 @@ class Run:
     def records_before(self, name: str) -> dict[str, str | None]:
         """SHA-256 of the records of the stages before one: they change when such a stage is done again."""
         paths = {earlier: _record_path(self.layout, earlier) for earlier in BY_NAME[name].after}
-        return {earlier: sha256_file(path) if path.exists() else None for earlier, path in paths.items()}
+        return {earlier: sha256_file(path) if exists(path) else None for earlier, path in paths.items()}
 
 
 def run_pipeline(config: Config, first: str | None = None, last: str | None = None) -> None:
@@ -112,7 +120,7 @@ def run_pipeline(config: Config, first: str | None = None, last: str | None = No
     """
     names = _between(first, last)
     run = Run(config)
-    with locked(run.layout):
+    with locked(run.layout) as lock:
         if first is None:
             _refuse_to_replace(run, names)
         for name in names:
@@ -120,11 +128,11 @@ def run_pipeline(config: Config, first: str | None = None, last: str | None = No
                 BY_NAME[name].ahead(config)
         for name in names:
             if name == first:
-                _run_stage(run, name, afresh=True, replaced=_of_other_settings(run, names))
+                _run_stage(run, name, lock, afresh=True, replaced=_of_other_settings(run, names))
             elif run.is_complete(name):
                 logger.info("%s: complete, skipped", name)
             else:
-                _run_stage(run, name)
+                _run_stage(run, name, lock)
 
 
 def run_single_stage(config: Config, name: str, *, force: bool = False) -> None:
@@ -136,65 +144,48 @@ def run_single_stage(config: Config, name: str, *, force: bool = False) -> None:
         NexusError: it failed.
     """
     run = Run(config)
-    with locked(run.layout):
+    with locked(run.layout) as lock:
         if not force:
             _refuse_to_replace(run, [name])
         if not force and run.is_complete(name):
             logger.info("%s: complete, skipped (--force does it again)", name)
             return
         BY_NAME[name].ahead(config)
-        _run_stage(run, name, afresh=force)
+        _run_stage(run, name, lock, afresh=force)
 
 
 def forget(run: Run, name: str) -> None:
     """Let a stage start over: drop its record and what it keeps for continuing or would reuse, no other artefact."""
-    _record_path(run.layout, name).unlink(missing_ok=True)
-    _started_path(run.layout, name).unlink(missing_ok=True)
-    _remove(BY_NAME[name].state(run.layout))
-    _remove(BY_NAME[name].reused(run.layout))
+    stage = BY_NAME[name]
+    for place in (*_markers(run.layout, name), *stage.state(run.layout), *stage.reused(run.layout)):
+        remove(place)
 
 
-@contextmanager
-def locked(layout: RunLayout) -> Iterator[None]:
-    """Hold the run directory: two commands must not work in it at the same time.
-
-    Raises:
-        NexusError: another process holds it.
-    """
-    make_directory(layout.directory)
-    try:
-        with FileLock(layout.directory / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise NexusError(
-            f"another nexus-ray is working in {layout.directory}",
-            "wait for it to end, or choose another place with run.directory=PATH",
-        ) from error
-
-
-def _run_stage(run: Run, name: str, *, afresh: bool = False, replaced: Iterable[str] = ()) -> None:
+def _run_stage(run: Run, name: str, lock: RunLock, *, afresh: bool = False, replaced: Iterable[str] = ()) -> None:
     """Do a stage.
 
     Args:
         run: the run.
         name: of the stage.
+        lock: of the run directory, looked at before what it has is touched and before the record is written.
         afresh: whether it starts over, whatever it could continue.
         replaced: stages whose results lose their records when this one begins: they are to be made with new settings.
     """
     stage, recipe = BY_NAME[name], run.recipe(name)
     _refuse_stale(run, name)
     stage.check(run)
+    lock.check()
     save_config(run.config, run.layout.config)
     if afresh:
         forget(run, name)
-    for other in replaced:
-        _record_path(run.layout, other).unlink(missing_ok=True)
-        _started_path(run.layout, other).unlink(missing_ok=True)
+    for marker in [marker for other in replaced for marker in _markers(run.layout, other)]:
+        remove(marker)
     started, how = _started_path(run.layout, name), _how(run, name)
-    if not (started.exists() and _read(started)["recipe"] == recipe):
-        _remove(stage.state(run.layout))
+    if not (exists(started) and _read(started)["recipe"] == recipe):
+        for place in stage.state(run.layout):
+            remove(place)
         write_json(started, how)
-    _record_path(run.layout, name).unlink(missing_ok=True)  # of outputs that are about to change
+    remove(_record_path(run.layout, name))  # of outputs that are about to change
     logger.info("%s: started", name)
     begin = time.monotonic()
     stage.run(run, recipe)
@@ -207,8 +198,9 @@ def _run_stage(run: Run, name: str, *, afresh: bool = False, replaced: Iterable[
         "seconds": seconds,
         "outputs": _sizes(run.layout, name),
     }
+    lock.check()
     write_json(_record_path(run.layout, name), record)
-    started.unlink()
+    remove(started)
     logger.info("%s: done in %.0f s", name, seconds)
 
 
@@ -225,7 +217,7 @@ def _how(run: Run, name: str) -> dict[str, Any]:
 def _made(run: Run, name: str) -> dict[str, Any] | None:
     """How what is there of a stage was made, unfinished or finished; None where nothing is."""
     for path in (_started_path(run.layout, name), _record_path(run.layout, name)):
-        if path.exists():
+        if exists(path):
             return _read(path)
     return None
 
@@ -249,7 +241,7 @@ def _refuse_to_replace(run: Run, names: Sequence[str]) -> None:
     """
     for name in _of_other_settings(run, names):
         stage = BY_NAME[name]
-        is_unfinished = _started_path(run.layout, name).exists()
+        is_unfinished = exists(_started_path(run.layout, name))
         held = stage.unfinished(run.layout) if is_unfinished else stage.finished
         if held:
             raise ConfigError(
@@ -268,7 +260,7 @@ def _refuse_stale(run: Run, name: str) -> None:
     """
     for earlier in BY_NAME[name].after:
         path = _record_path(run.layout, earlier)
-        if path.exists() and _read(path)["recipe"] != run.recipe(earlier):
+        if exists(path) and _read(path)["recipe"] != run.recipe(earlier):
             raise ConfigError(
                 f"{name} would go on from what {earlier} has made with other settings: "
                 + "; ".join(_differences(run, earlier)),
@@ -317,33 +309,41 @@ def _between(first: str | None, last: str | None) -> Sequence[str]:
     return STAGES[start:stop]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Place) -> dict[str, Any]:
     record: dict[str, Any] = read_json(path, what="stage record", hint=f"delete {path}")
     return record
 
 
-def _record_path(layout: RunLayout, name: str) -> Path:
+def _record_path(layout: RunLayout, name: str) -> Place:
     return layout.stages / f"{name}.json"
 
 
-def _started_path(layout: RunLayout, name: str) -> Path:
+def _started_path(layout: RunLayout, name: str) -> Place:
     return layout.stages / f"{name}.started.json"
 
 
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def _markers(layout: RunLayout, name: str) -> tuple[Place, Place]:
+    return _record_path(layout, name), _started_path(layout, name)
 
 
 def _sizes(layout: RunLayout, name: str) -> dict[str, int]:
     """{path below the run directory: bytes} of a stage's outputs; -1 for one that is missing."""
     sizes: dict[str, int] = {}
     for output in BY_NAME[name].outputs(layout):
-        files = sorted(output.rglob("*")) if output.is_dir() else [output]
-        for file in files:
-            if not file.is_dir():
-                sizes[str(file.relative_to(layout.directory))] = file.stat().st_size if file.exists() else -1
+        beginning = str(output).removeprefix(str(layout.directory)).lstrip("/")
+        for inside, size in _sizes_inside(output, name).items():
+            sizes[f"{beginning}/{inside}" if inside else beginning] = -1 if size is None else size
     return sizes
+
+
+def _sizes_inside(output: Place, name: str) -> Mapping[str, int | None]:
+    """{path in a directory: bytes}, or {"": bytes} of a file; in an object store as exact names say, not a listing."""
+    size = size_of(output)
+    if size is not None:
+        return {"": size}
+    named = list(BY_NAME[name].names(output)) if is_remote(output) else []
+    if named:
+        return dict(zip(named, sizes_of(output / inside for inside in named), strict=True))
+    if is_remote(output) or output.is_dir():
+        return file_sizes(output) if exists(output) else {"": None}
+    return {"": None}

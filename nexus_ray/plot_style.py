@@ -8,7 +8,6 @@ can be told apart in grey.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from nexus_ray.errors import ConfigError
-from nexus_ray.storage import atomic_file
+from nexus_ray.storage import Place, atomic_file
 
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY)
@@ -141,7 +140,7 @@ def colour_bar(image: Any, label: str) -> None:
     bar.outline.set_visible(False)
 
 
-def check_format(path: Path) -> str:
+def check_format(path: Place) -> str:
     """The format that a figure's name asks for.
 
     Raises:
@@ -153,7 +152,7 @@ def check_format(path: Path) -> str:
     return found
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Place) -> None:
     """Write a PNG or SVG, by the suffix, atomically; the same data give the same bytes.
 
     Raises:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexus_ray.config import Config, Section
 from nexus_ray.layout import RunLayout
+from nexus_ray.storage import Place
+from nexus_ray.training.local import local_only
 
 if TYPE_CHECKING:
     from nexus_ray.pipeline import Run
@@ -28,6 +29,7 @@ class Stage:
         after: stages whose artefacts it reads.
         sections: configuration that decides its result.
         outputs: files and directories that it makes.
+        names: of the files in a directory that it makes, where a manifest of its own says so.
         state: what it keeps for continuing; removed when the recipe has changed.
         reused: artefacts whose parts it takes up again, whatever the recipe; removed when it is told to start over.
         unfinished: what of its state is too dear to be removed because a setting has changed, in words; "" if nothing.
@@ -40,9 +42,10 @@ class Stage:
     run: Callable[[Run, str], None]
     after: tuple[str, ...]
     sections: Callable[[Run], dict[str, Any]]
-    outputs: Callable[[RunLayout], tuple[Path, ...]]
-    state: Callable[[RunLayout], tuple[Path, ...]] = lambda layout: ()
-    reused: Callable[[RunLayout], tuple[Path, ...]] = lambda layout: ()
+    outputs: Callable[[RunLayout], tuple[Place, ...]]
+    names: Callable[[Place], Collection[str]] = lambda place: ()
+    state: Callable[[RunLayout], tuple[Place, ...]] = lambda layout: ()
+    reused: Callable[[RunLayout], tuple[Place, ...]] = lambda layout: ()
     unfinished: Callable[[RunLayout], str] = lambda layout: ""
     finished: str = ""
     ahead: Callable[[Config], None] = lambda config: None
@@ -135,6 +138,12 @@ def _precompute(run: Run, recipe: str) -> None:
     precompute_run(run.config, run.layout)
 
 
+def _target_files(place: Place) -> list[str]:
+    from nexus_ray.targets.writing.shard_store import ShardStore
+
+    return ShardStore(place).names()
+
+
 def _train(run: Run, recipe: str) -> None:
     from nexus_ray.training.distil import train
 
@@ -171,7 +180,7 @@ def _check_training(run: Run) -> None:
 def _unfinished_training(layout: RunLayout) -> str:
     from nexus_ray.training.recovery import steps_reached
 
-    steps = steps_reached(layout.checkpoints)
+    steps = steps_reached(local_only(layout.checkpoints))
     return f"a training that has reached step {steps}" if steps else ""
 
 
@@ -234,6 +243,7 @@ ALL = (
             "targets": _targets(run),
         },
         lambda layout: (layout.targets,),
+        _target_files,
         reused=lambda layout: (layout.targets,),
         ahead=_check_targets,
     ),
@@ -247,7 +257,7 @@ ALL = (
             "run": {"seed": run.config.run.seed},
         },
         lambda layout: (layout.overlay, layout.metrics),
-        lambda layout: (
+        state=lambda layout: (
             layout.training,
             layout.checkpoints,
             layout.best,

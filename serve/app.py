@@ -25,6 +25,7 @@ from nexus_ray.config.serving import ServeSection
 from nexus_ray.errors import ConfigError, NexusError
 from nexus_ray.generation.request import BASE
 from nexus_ray.generation.serving import load_assistant, overlays_of, require_overlays
+from nexus_ray.storage import PlaceField
 from serve.api import build_api
 from serve.guard.keys import KeyFile, keys_of_environment
 from serve.service import Service
@@ -45,7 +46,7 @@ class BuilderArguments(Section):
 class Overlays(Section):
     """`user_config` of the deployment: what is served beside the base. Replicas take a new one without a pause."""
 
-    overlays: dict[str, Path]
+    overlays: dict[str, PlaceField]
 
 
 @serve.deployment(name="chat", max_constructor_retry_count=1)

@@ -48,7 +48,9 @@ class ObjectStore:
     failed: int = 0
     _refused: Callable[[Request], bool] = lambda request: False
     _frozen: dict[str, tuple[Any, bytes]] | None = None
+    _empty: bool = False
     _lock: Any = field(default_factory=threading.Lock)
+    _conditions: Any = field(default_factory=threading.Lock)
 
     @contextmanager
     def refusing(self, refused: Callable[[Request], bool]) -> Iterator[None]:
@@ -87,10 +89,20 @@ class ObjectStore:
         finally:
             self._frozen = None
 
+    @contextmanager
+    def empty_listings(self) -> Iterator[None]:
+        """Answer every listing as before anything was written: the store's own, of a key that nothing begins with."""
+        self._empty = True
+        try:
+            yield
+        finally:
+            self._empty = False
+
     def heal(self) -> None:
         """End all faults and forget all requests."""
         self._refused = lambda request: False
         self._frozen = None
+        self._empty = False
         self.requests.clear()
         self.failed = 0
 
@@ -121,8 +133,13 @@ class ObjectStore:
                     environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
                     start_response("503 Slow Down", [("Content-Type", "application/xml")])
                     return [b"" if request.method == "HEAD" else _SLOW_DOWN]
+            if request.is_listing and self._empty:
+                environ = environ | {"QUERY_STRING": "list-type=2&prefix=nothing-of-this-name"}
             if request.is_listing and self._frozen is not None:
                 return self._listing(request, environ, inner, start_response)
+            if "HTTP_IF_MATCH" in environ or "HTTP_IF_NONE_MATCH" in environ:
+                with self._conditions:  # a store decides about one at a time
+                    return list(inner(environ, start_response))
             return inner(environ, start_response)
 
         return answer

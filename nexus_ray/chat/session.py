@@ -22,6 +22,7 @@ from nexus_ray.generation.assistant import Assistant, Generation
 from nexus_ray.generation.request import SamplingParams
 from nexus_ray.generation.serving import load_assistant, student_name
 from nexus_ray.layout import RunLayout
+from nexus_ray.storage import exists
 
 _SPEAKERS: dict[str, tuple[str, ...]] = {"student": ("student",), "base": ("base",), "both": ("base", "student")}
 _HELP = """/model NAME              who answers from now on: base, or a student ({names})
@@ -152,7 +153,7 @@ def chat(config: Config, which: str = "student") -> None:
 def _engine(config: Config, which: str) -> Assistant:
     """Answers as the run's student, further ones, or the base, which can be asked without an overlay too."""
     overlay = RunLayout(config.run.directory).overlay
-    if which == "base" and not overlay.exists():
+    if which == "base" and not exists(overlay):
         return load_assistant(config, {})
     return load_assistant(config, {**config.serve.overlays, "student": overlay})
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from math import prod
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -21,7 +20,7 @@ from nexus_ray.checkpoints.header import TensorSpec
 from nexus_ray.checkpoints.reader import CheckpointReader
 from nexus_ray.checkpoints.writer import CheckpointWriter
 from nexus_ray.errors import ArtefactError, ModelError
-from nexus_ray.storage import atomic_directory, read_json, write_json
+from nexus_ray.storage import Place, atomic_directory, local_directory, member, read_json, write_json
 
 FORMAT_VERSION = 2
 STEM = "overlay"
@@ -141,7 +140,7 @@ class OverlayWriter:
         StorageError: the file system refused; what stood in `directory` stays.
     """
 
-    def __init__(self, directory: Path, config: OverlayConfig, shard_bytes: int = _SHARD_BYTES) -> None:
+    def __init__(self, directory: Place, config: OverlayConfig, shard_bytes: int = _SHARD_BYTES) -> None:
         self._directory = directory
         self._config = config
         self._shard_bytes = shard_bytes
@@ -180,7 +179,7 @@ class OverlayWriter:
         self._writer.write(name, stored)
 
 
-def save_overlay(directory: Path, config: OverlayConfig, tensors: dict[str, Tensor]) -> None:
+def save_overlay(directory: Place, config: OverlayConfig, tensors: dict[str, Tensor]) -> None:
     """Write an overlay atomically, in `config.dtype`; one that stood there is replaced.
 
     Raises:
@@ -193,13 +192,13 @@ def save_overlay(directory: Path, config: OverlayConfig, tensors: dict[str, Tens
             writer.write(name, tensor)
 
 
-def load_overlay_config(directory: Path) -> OverlayConfig:
+def load_overlay_config(directory: Place) -> OverlayConfig:
     """Read the description of an overlay.
 
     Raises:
         ArtefactError: it is missing, damaged or of another format version.
     """
-    values: Any = read_json(directory / CONFIG_FILE, what="overlay", hint=_REMAKE)
+    values: Any = read_json(member(directory, CONFIG_FILE), what="overlay", hint=_REMAKE)
     version = values.get("format_version", FORMAT_VERSION) if isinstance(values, dict) else FORMAT_VERSION
     if version != FORMAT_VERSION:
         raise ArtefactError(f"{directory} has overlay format {version}, not {FORMAT_VERSION}", _REMAKE)
@@ -209,7 +208,7 @@ def load_overlay_config(directory: Path) -> OverlayConfig:
         raise ArtefactError(f"{directory / CONFIG_FILE} is not an overlay description: {error}", _REMAKE) from error
 
 
-def load_overlay(directory: Path, base_fingerprint: str) -> tuple[OverlayConfig, dict[str, Tensor]]:
+def load_overlay(directory: Place, base_fingerprint: str) -> tuple[OverlayConfig, dict[str, Tensor]]:
     """Read an overlay for a base; its tensors are in the type they are stored in.
 
     Raises:
@@ -224,7 +223,7 @@ def load_overlay(directory: Path, base_fingerprint: str) -> tuple[OverlayConfig,
             "set model.path to the base it was made for, or make a new overlay with `nexus-ray run CONFIG`",
         )
     try:
-        with CheckpointReader(directory, stem=STEM) as reader:
+        with CheckpointReader(local_directory(directory), stem=STEM) as reader:
             specs = overlay_specs(config)
             _check_names(directory, specs, reader)
             return config, {spec.name: _read_checked(directory, spec, reader) for spec in specs}
@@ -232,7 +231,7 @@ def load_overlay(directory: Path, base_fingerprint: str) -> tuple[OverlayConfig,
         raise ArtefactError(f"the overlay {directory} cannot be read: {error.message}", _REMAKE) from error
 
 
-def _check_names(directory: Path, specs: list[TensorSpec], reader: CheckpointReader) -> None:
+def _check_names(directory: Place, specs: list[TensorSpec], reader: CheckpointReader) -> None:
     expected, found = {spec.name for spec in specs}, set(reader.names)
     if expected != found:
         missing, extra = sorted(expected - found), sorted(found - expected)
@@ -241,7 +240,7 @@ def _check_names(directory: Path, specs: list[TensorSpec], reader: CheckpointRea
         raise ArtefactError(f"the overlay {directory} {problem} its description {promise}", _REMAKE)
 
 
-def _read_checked(directory: Path, spec: TensorSpec, reader: CheckpointReader) -> Tensor:
+def _read_checked(directory: Place, spec: TensorSpec, reader: CheckpointReader) -> Tensor:
     entry = reader.entry(spec.name)
     if (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
         raise ArtefactError(

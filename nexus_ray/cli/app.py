@@ -10,6 +10,8 @@ from rich.console import Console
 
 from nexus_ray.config import Resolved, SectionT, resolve_config
 from nexus_ray.console import setup_logging
+from nexus_ray.errors import ConfigError
+from nexus_ray.storage import Place, place_of
 
 output = Console()
 
@@ -50,3 +52,15 @@ def load(
     """Set up logging and read a configuration; `strict` sets data.strict."""
     setup_logging(verbose=verbose, quiet=quiet)
     return resolve_config(path, [*(overrides or []), *(["data.strict=true"] if strict else [])], schema)
+
+
+def place(text: str) -> Place:
+    """A path or URI of the command line.
+
+    Raises:
+        ConfigError: nothing installed here opens this kind of URI.
+    """
+    try:
+        return place_of(text)
+    except ValueError as error:
+        raise ConfigError(str(error), "name a path or another URI") from error

@@ -7,9 +7,21 @@ from typing import Annotated
 
 import typer
 
-from nexus_ray.cli.app import ConfigPath, Overrides, Quiet, Verbose, app, checkpoint_app, load, output, targets_app
+from nexus_ray.cli.app import (
+    ConfigPath,
+    Overrides,
+    Quiet,
+    Verbose,
+    app,
+    checkpoint_app,
+    load,
+    output,
+    place,
+    targets_app,
+)
 from nexus_ray.config import Config, describe_field, flatten
 from nexus_ray.console import setup_logging
+from nexus_ray.storage import exists, is_remote, local_directory
 
 
 @app.command()
@@ -79,14 +91,16 @@ def inspect_checkpoint(
     from nexus_ray.checkpoints.inspect import describe, identity
 
     setup_logging()
-    output.print(describe(directory))
-    for line in identity(directory, sha256=sha256):
+    named = place(directory)
+    found = local_directory(named) if is_remote(named) and exists(named) else directory
+    output.print(describe(found))
+    for line in identity(found, sha256=sha256):
         output.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
 def plot(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run directories, paths or URIs")],
     to: Annotated[Path, typer.Option("--output", "-o", help="figure to write, .png or .svg")] = Path("runs.png"),
     metric: Annotated[
         list[str] | None,
@@ -101,7 +115,7 @@ def plot(
     from nexus_ray.training.watching.metrics import read_runs
 
     setup_logging()
-    records = read_runs(runs)
+    records = read_runs([place(run) for run in runs])
     if len(records) == 1 and not metric:
         plot_training(next(iter(records.values())), to, smoothing)
     else:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nexus_ray.cli.app import ConfigPath, Overrides, Quiet, Verbose, app, load, output
+from nexus_ray.cli.app import ConfigPath, Overrides, Quiet, Verbose, app, load, output, place
 from nexus_ray.config import Config
 from nexus_ray.console import setup_logging
 from nexus_ray.errors import ConfigError
@@ -18,7 +18,7 @@ def drift(
     config: ConfigPath,
     overrides: Overrides = None,
     overlay: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="overlay of the student; default: the run's trained one")
+        str | None, typer.Option(metavar="DIR", help="overlay, path or URI; default: the run's trained one")
     ] = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -26,12 +26,12 @@ def drift(
     """Compare the routers of base and student on the calibration text (router_drift.json)."""
     from nexus_ray.evaluation.calibration_drift import drift_table, measure_drift
     from nexus_ray.layout import RunLayout
-    from nexus_ray.pipeline import locked
+    from nexus_ray.run_lock import locked
 
     loaded = load(config, overrides, verbose, quiet, Config).config
     layout = RunLayout(loaded.run.directory)
     with locked(layout):
-        output.print(drift_table(measure_drift(loaded, layout, overlay)))
+        output.print(drift_table(measure_drift(loaded, layout, place(overlay) if overlay else None)))
 
 
 @app.command()
@@ -40,7 +40,7 @@ def export(
     to: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="directory to write")],
     overrides: Overrides = None,
     overlay: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="overlay to add; default: the run's trained one")
+        str | None, typer.Option(metavar="DIR", help="overlay to add, path or URI; default: the run's trained one")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")] = False,
     check: Annotated[bool, typer.Option("--check/--no-check", help="prove that the shared experts take part")] = True,
@@ -52,7 +52,7 @@ def export(
     from nexus_ray.layout import RunLayout
 
     loaded = load(config, overrides, verbose, quiet, Config).config
-    chosen = overlay or RunLayout(loaded.run.directory).overlay
+    chosen = place(overlay) if overlay else RunLayout(loaded.run.directory).overlay
     done = export(loaded.model.path, chosen, to, overwrite=overwrite, check=_merge_check if check else None)
     output.print(describe(done), highlight=False, soft_wrap=True)
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from nexus_ray.config.base import Section
 from nexus_ray.config.schema import Config, nearest
 from nexus_ray.errors import ConfigError
-from nexus_ray.storage import write_text
+from nexus_ray.storage import Place, write_text
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -55,7 +55,7 @@ def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
     return resolve_config(path, overrides, Config).config
 
 
-def save_config(config: Section, path: Path) -> None:
+def save_config(config: Section, path: Place) -> None:
     """Write the resolved configuration as YAML; `load_config` reads it back to an equal value."""
     write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 

@@ -28,7 +28,7 @@ _MIXTURE_TOLERANCE = 1e-6
 class RunSection(Section):
     """Where a run keeps its artefacts, and the seed of everything random in it."""
 
-    directory: Path = Field(description="run directory; every artefact of the run lives below it")
+    directory: PlaceField = Field(description="run directory or URI; every artefact of the run lives below it")
     seed: int = Field(0, ge=0, description="seed of sampling, initialisation and data order")
 
 

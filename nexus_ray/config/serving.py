@@ -8,6 +8,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from nexus_ray.config.base import Section
+from nexus_ray.storage import PlaceField
 
 
 class ServeSection(Section):
@@ -16,7 +17,7 @@ class ServeSection(Section):
     host: str = Field("127.0.0.1", description="address to listen on; the default is reached from this machine only")
     port: int = Field(8000, ge=1, le=65535)
     name: str | None = Field(None, description="student's model id; default: the run directory's name")
-    overlays: dict[str, Path] = Field({}, description="further students: overlay directories by model id")
+    overlays: dict[str, PlaceField] = Field({}, description="further students: overlays, paths or URIs, by model id")
     replicas: int = Field(1, ge=1, description="replicas, each with its own copy of the base, at the start at least")
     max_replicas: int | None = Field(None, ge=1, description="with more load Ray Serve starts up to as many")
     target_ongoing_requests: float = Field(16, gt=0, description="requests of a replica that autoscaling aims at")

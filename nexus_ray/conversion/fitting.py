@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,13 +30,14 @@ from nexus_ray.modeling.loading import LoadedModel, activation, load_base
 from nexus_ray.modeling.shared_expert import Activation
 from nexus_ray.router.calibration import Calibration
 from nexus_ray.router.candidates import CalibrationText
+from nexus_ray.storage import Place
 
 logger = logging.getLogger(__name__)
 _TOKENS = 1024  # that are turned into features at once
 
 
 def fit_layers(
-    config: Config, plan: ConversionPlan, calibration: Path, emit: Callable[[int, ExpertWeights], None]
+    config: Config, plan: ConversionPlan, calibration: Place, emit: Callable[[int, ExpertWeights], None]
 ) -> list[float]:
     """Fit the shared expert of every layer; call `emit(layer, weights)` in layer order.
 
@@ -74,7 +74,7 @@ def fit_layers(
     return explained
 
 
-def calibration_batch(config: Config, path: Path) -> Batch:
+def calibration_batch(config: Config, path: Place) -> Batch:
     """`convert.calibration_sequences` of the run's calibration text, at even distances in each domain source.
 
     Domain sources give equally many, and at least one each, however few are asked for. Text of sources that the

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -17,6 +16,7 @@ from nexus_ray.errors import ArtefactError, ConfigError, ModelError
 from nexus_ray.families import ExpertParts, MoeDimensions, MoeFamily, family_of
 from nexus_ray.layout import RunLayout
 from nexus_ray.selection.record import ExpertRanking, Selection
+from nexus_ray.storage import Place
 
 _WITHOUT_EXPERTS = ("zero", "random")
 _MOST_USED = ("top1", "top1_zero", "lstsq")
@@ -40,7 +40,7 @@ class ConversionPlan:
     dimensions: MoeDimensions
     experts: tuple[tuple[int, ...], ...]
     expert_bytes: tuple[int, ...]
-    directory: Path
+    directory: Place
 
     @property
     def bytes_written(self) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from nexus_ray.checkpoints.overlay import CONFIG_FILE
 from nexus_ray.config import Config
 from nexus_ray.errors import ArtefactError
 from nexus_ray.layout import RunLayout
@@ -15,7 +15,7 @@ from nexus_ray.router.artefact import Description, RouterStatistics
 from nexus_ray.router.calibration import Calibration
 from nexus_ray.router.collect import collect, describe_statistics
 from nexus_ray.router.comparison import as_rows, compare_routers
-from nexus_ray.storage import write_json
+from nexus_ray.storage import Place, exists, member, write_json
 
 _FIELDS = {
     "base_fingerprint": "base model",
@@ -31,7 +31,7 @@ _FIGURES = {
 }
 
 
-def measure_drift(config: Config, layout: RunLayout, overlay: Path | None = None) -> dict[str, Any]:
+def measure_drift(config: Config, layout: RunLayout, overlay: Place | None = None) -> dict[str, Any]:
     """Collect the student's statistics on the text of the base's, and compare; writes `router_drift.json`.
 
     Args:
@@ -46,7 +46,7 @@ def measure_drift(config: Config, layout: RunLayout, overlay: Path | None = None
         ArtefactError: the base's statistics or the overlay are missing, damaged, or of another base or text.
     """
     overlay = overlay or layout.overlay
-    if not overlay.is_dir():
+    if not exists(member(overlay, CONFIG_FILE)):
         raise ArtefactError(f"no overlay at {overlay}", "run `nexus-ray train CONFIG`, or name one with --overlay")
     base = RouterStatistics.load(layout.router_stats)
     _check_comparable(base.description, config, layout)

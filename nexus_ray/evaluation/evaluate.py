@@ -23,6 +23,7 @@ from nexus_ray.evaluation.summary import source_result
 from nexus_ray.evaluation.work import plan_scoring
 from nexus_ray.layout import RunLayout
 from nexus_ray.router.comparison import as_rows
+from nexus_ray.storage import exists
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def evaluate(config: Config, layout: RunLayout) -> Evaluation:
         DataError: a source's held-out text is shorter than two units, or the data of a task cannot be had.
         ArtefactError: there is no trained overlay, or it gives NaN or infinite losses or router logits.
     """
-    if not layout.overlay.exists():
+    if not exists(layout.overlay):
         raise ArtefactError(f"no trained overlay at {layout.overlay}", "run `nexus-ray train CONFIG`")
     check_tasks(config.evaluate.lm_eval)
     shards, items = plan_scoring(config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from fnmatch import fnmatch
 from typing import Any
 
 from rich import box
@@ -22,7 +22,7 @@ from nexus_ray.config import STAGES, Config
 from nexus_ray.evaluation import wording
 from nexus_ray.evaluation.markdown import render
 from nexus_ray.layout import RunLayout
-from nexus_ray.storage import write_json, write_text
+from nexus_ray.storage import Place, file_sizes, read_text, write_json, write_text
 from nexus_ray.training.watching.metrics import read_metrics
 
 FORMAT_VERSION = 1
@@ -165,18 +165,20 @@ def _overlay(config: Config, layout: RunLayout) -> dict[str, Any]:
     }
 
 
-def _tensor_bytes(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+def _tensor_bytes(directory: Place) -> int:
+    return sum(
+        size for name, size in file_sizes(directory).items() if fnmatch(name, "*.safetensors") and "/" not in name
+    )
 
 
-def _stage_seconds(directory: Path, evaluation_seconds: float | None) -> dict[str, float]:
+def _stage_seconds(directory: Place, evaluation_seconds: float | None) -> dict[str, float]:
     """{stage: seconds} of the stages that left a record, in pipeline order; this evaluation's own time is given."""
     seconds = {name: _read_object(directory / f"{name}.json").get("seconds") for name in STAGES}
     seconds["evaluate"] = evaluation_seconds
     return {name: float(value) for name, value in seconds.items() if isinstance(value, (int, float))}
 
 
-def _short_selection(path: Path) -> dict[str, Any] | None:
+def _short_selection(path: Place) -> dict[str, Any] | None:
     """How experts were selected and which, without the scores; None when there is no selection."""
     selection = _read_object(path)
     if not selection:
@@ -189,10 +191,10 @@ def _only(values: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return {key: values[key] for key in keys if key in values}
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Place) -> dict[str, Any]:
     """A JSON object, empty when the file is missing or something else: the report does without it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

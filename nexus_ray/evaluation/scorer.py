@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from nexus_ray.evaluation.routers import PairedRouters
 from nexus_ray.evaluation.scored_pass import score_batch
 from nexus_ray.evaluation.scored_text import IGNORED, Part, ScoringBatch, Wordless, encode_documents
 from nexus_ray.modeling.loading import LoadedModel
+from nexus_ray.storage import Place
 
 
 class PairedScorer:
@@ -32,7 +32,7 @@ class PairedScorer:
         overlay: directory of the student's overlay.
     """
 
-    def __init__(self, config: Config, overlay: Path) -> None:
+    def __init__(self, config: Config, overlay: Place) -> None:
         from nexus_ray.modeling.loading import load_student
 
         set_worker_threads(config.resources)

@@ -9,10 +9,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from nexus_ray.generation.request import Continuation, ScoringRequest, TokenChoice, TokenEvent, TokenRequest
+from nexus_ray.storage import Place
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Engine(Protocol):
         """
         ...
 
-    def serve(self, overlays: Mapping[str, Path]) -> None:
+    def serve(self, overlays: Mapping[str, Place]) -> None:
         """From now on serve these overlays beside the base; requests that run keep what they began with.
 
         Raises:

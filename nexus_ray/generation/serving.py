@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
+from nexus_ray.checkpoints.overlay import CONFIG_FILE
 from nexus_ray.config import Config
 from nexus_ray.errors import ArtefactError, ConfigError
 from nexus_ray.generation.assistant import Assistant
@@ -16,6 +16,7 @@ from nexus_ray.generation.codec import Codec
 from nexus_ray.generation.request import BASE
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import load_base
+from nexus_ray.storage import Place, exists, member
 
 
 def student_name(config: Config) -> str:
@@ -30,7 +31,7 @@ def student_name(config: Config) -> str:
     return name
 
 
-def overlays_of(config: Config) -> dict[str, Path]:
+def overlays_of(config: Config) -> dict[str, Place]:
     """The run's trained overlay and those of `serve.overlays`, by model id.
 
     Raises:
@@ -46,14 +47,14 @@ def overlays_of(config: Config) -> dict[str, Path]:
     return overlays
 
 
-def require_overlays(overlays: Mapping[str, Path]) -> None:
+def require_overlays(overlays: Mapping[str, Place]) -> None:
     """Check that overlays are there.
 
     Raises:
         ArtefactError: one is not.
     """
     for name, path in overlays.items():
-        if not path.exists():
+        if not exists(member(path, CONFIG_FILE)):
             raise ArtefactError(f"no trained overlay at {path}, for model {name!r}", "run `nexus-ray run CONFIG` first")
 
 
@@ -62,7 +63,7 @@ def one_device() -> list[torch.device] | None:
     return [torch.device("cuda", 0)] if torch.cuda.is_available() else None
 
 
-def load_assistant(config: Config, overlays: Mapping[str, Path]) -> Assistant:
+def load_assistant(config: Config, overlays: Mapping[str, Place]) -> Assistant:
     """Load the base and overlays of a run, ready to answer.
 
     Raises:

@@ -78,7 +78,7 @@ class Export:
 
 def export(
     base: Place,
-    overlay: Path,
+    overlay: Place,
     output: Path,
     *,
     overwrite: bool = False,

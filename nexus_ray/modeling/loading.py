@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -211,7 +210,7 @@ def load_base(section: ModelSection, devices: Sequence[torch.device] | None = No
     return LoadedModel(model, tokenizer, family, config, sizes, identity, places[0], attention=section.attention)
 
 
-def load_student(section: ModelSection, overlay: Path, devices: Sequence[torch.device] | None = None) -> LoadedModel:
+def load_student(section: ModelSection, overlay: Place, devices: Sequence[torch.device] | None = None) -> LoadedModel:
     """Load the base and attach the overlay in directory `overlay`, each shared expert where its layer is.
 
     Raises:

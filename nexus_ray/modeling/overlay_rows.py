@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,6 +18,7 @@ from nexus_ray.checkpoints.overlay import OverlayConfig, load_overlay
 from nexus_ray.modeling.loading import LoadedModel, activation, load_shared_experts
 from nexus_ray.modeling.shared_expert import SharedExpert
 from nexus_ray.modeling.trained_routers import TrainedRouter, load_trained_routers
+from nexus_ray.storage import Place
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class ServedOverlay:
     routers: tuple[TrainedRouter, ...] | None
 
 
-def read_overlay(base: LoadedModel, directory: Path) -> ServedOverlay:
+def read_overlay(base: LoadedModel, directory: Place) -> ServedOverlay:
     """Read an overlay for a base that is loaded without one, each part to where its layer is.
 
     Shared experts are held in the type that the base computes in, to which their tensors are rounded anyway.

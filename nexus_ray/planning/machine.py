@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from nexus_ray.storage import Place, is_remote
+
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _KIB = 1024
@@ -22,21 +24,25 @@ class Machine:
         memory: bytes of RAM that processes here may use in all.
         available: bytes that could be taken now without swapping; None where the system does not say.
         gpus: memory of each GPU, bytes.
-        free_disk: bytes on the file system of the run directory.
+        free_disk: bytes on the file system of the run directory; None of an object store.
     """
 
     memory: int
     available: int | None
     gpus: tuple[int, ...]
-    free_disk: int
+    free_disk: int | None
 
 
-def this_machine(directory: Path) -> Machine:
+def this_machine(directory: Place) -> Machine:
     """Look at the machine, and at the disk that will hold `directory`, which need not exist."""
-    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     gpus = tuple(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
     memory, available = _memory()
-    return Machine(memory, available, gpus, shutil.disk_usage(existing).free)
+    return Machine(memory, available, gpus, None if is_remote(directory) else _free_disk(directory))
+
+
+def _free_disk(directory: Path) -> int:
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _memory() -> tuple[int, int | None]:

@@ -64,8 +64,8 @@ class Plan:
 
     @property
     def storage_fits(self) -> bool:
-        """Whether the disk takes them."""
-        return self.storage_bytes <= self.machine.free_disk
+        """Whether the disk takes them; an object store does."""
+        return self.machine.free_disk is None or self.storage_bytes <= self.machine.free_disk
 
     @property
     def fits(self) -> bool:

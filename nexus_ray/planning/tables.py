@@ -88,7 +88,8 @@ def _storage(plan: Plan) -> Table:
     for part in plan.storage:
         table.add_row(part.name, size_text(part.size), escape(part.note))
     verdict = "fits" if plan.storage_fits else "does not fit: choose another place with run.directory=PATH"
-    table.add_row("sum", size_text(plan.storage_bytes), f"{size_text(plan.machine.free_disk)} free: {verdict}")
+    free = "in an object store" if plan.machine.free_disk is None else f"{size_text(plan.machine.free_disk)} free"
+    table.add_row("sum", size_text(plan.storage_bytes), f"{free}: {verdict}")
     if plan.base_cache is not None:
         table.add_row("base, on each node", size_text(plan.base_cache.size), _cache_note(plan.base_cache))
     return table

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from nexus_ray import plot_style as look
 from nexus_ray.evaluation.wording import Outcome, by_role, change, change_interval, classify, number
+from nexus_ray.storage import Place
 
 _MODELS = (("base", look.GREY, "o", -0.16), ("student", look.BLUE, "D", 0.16))
 _OUTCOME_COLOURS = {Outcome.BETTER: look.GREEN, Outcome.WORSE: look.ORANGE}
@@ -28,7 +28,7 @@ _LOAD_DRIFT = (
 _SHARES = ("tv", "top_k_overlap", "total_variation")
 
 
-def plot_drift(evaluation: Mapping[str, Any], path: Path) -> None:
+def plot_drift(evaluation: Mapping[str, Any], path: Place) -> None:
     """Router drift by layer, a line a source: token by token above, in how the experts share the work below.
 
     Args:
@@ -60,7 +60,7 @@ def _drift_panel(axes: Any, evaluation: Mapping[str, Any], group: str, measure: 
         look.from_zero(axes)
 
 
-def plot_perplexity(evaluation: Mapping[str, Any], path: Path) -> None:
+def plot_perplexity(evaluation: Mapping[str, Any], path: Place) -> None:
     """Base and student perplexity of every source with confidence intervals; the change beside each pair.
 
     Args:

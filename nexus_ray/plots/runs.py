@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from nexus_ray import plot_style as look
@@ -11,6 +10,7 @@ from nexus_ray.config.schema import nearest
 from nexus_ray.errors import ConfigError
 from nexus_ray.plots import marks
 from nexus_ray.plots.records import SMOOTHING, Curve, Records, curves_of, raw_and_smooth
+from nexus_ray.storage import Place
 
 _USUAL = ("train/loss", "validation/loss")
 _TITLES = {"train/loss": "Training loss", "validation/loss": "Validation loss"}
@@ -21,7 +21,7 @@ Curves = Mapping[str, Mapping[str, Curve]]
 
 
 def compare_runs(
-    runs: Mapping[str, Records], path: Path, *, metrics: Sequence[str] = (), smoothing: float = SMOOTHING
+    runs: Mapping[str, Records], path: Place, *, metrics: Sequence[str] = (), smoothing: float = SMOOTHING
 ) -> None:
     """The same metrics of several runs on the same axes, with marks of what happened to each.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,10 @@ from numpy.typing import NDArray
 
 from nexus_ray import plot_style as look
 from nexus_ray.planning.schedules import Schedules
+from nexus_ray.storage import Place
 
 
-def plot_schedules(schedules: Schedules, path: Path) -> None:
+def plot_schedules(schedules: Schedules, path: Place) -> None:
     """Learning rates, and where there are any temperatures and changing weights, with merges and the freeze.
 
     Args:

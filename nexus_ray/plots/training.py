@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from nexus_ray import plot_style as look
 from nexus_ray.config import LOSSES
 from nexus_ray.plots import marks
 from nexus_ray.plots.records import SMOOTHING, Curve, Records, curves_of, events, layers_of, raw_and_smooth
+from nexus_ray.storage import Place
 
 _PARTS = {
     "cross_entropy": "cross-entropy",
@@ -56,7 +56,7 @@ class _Page:
 Panel = Callable[[Any, _Page], None]
 
 
-def plot_training(metrics: Records, path: Path, smoothing: float = SMOOTHING) -> None:
+def plot_training(metrics: Records, path: Place, smoothing: float = SMOOTHING) -> None:
     """Everything that the metrics of one run say, with marks where something happened.
 
     Args:

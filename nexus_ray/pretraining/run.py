@@ -17,14 +17,16 @@ from nexus_ray.errors import ConfigError, ModelError
 from nexus_ray.evaluation.perplexity import bits_per_byte, sequence_nats, target_bytes, token_perplexity
 from nexus_ray.layout import RunLayout
 from nexus_ray.modeling.loading import load_base
-from nexus_ray.pipeline import differing_settings, locked
+from nexus_ray.pipeline import differing_settings
 from nexus_ray.pretraining.model import build_config, new_model
 from nexus_ray.pretraining.task import pretrain_worker
+from nexus_ray.run_lock import locked
 from nexus_ray.storage import read_json, write_json
 from nexus_ray.targets.writing.job import job_of_text
 from nexus_ray.targets.writing.precompute import precompute
 from nexus_ray.training import trainer
 from nexus_ray.training.checkpointing import load_checkpoint
+from nexus_ray.training.local import local_only
 from nexus_ray.training.optimiser import check_optimiser
 from nexus_ray.training.recovery import steps_reached
 
@@ -65,9 +67,9 @@ def pretrain(run: PretrainRun) -> Path:
         trainer.run_distributed(
             pretrain_worker,
             {"run": run.model_dump(mode="json")},
-            layout.training,
+            local_only(layout.training),
             run.resources,
-            metrics=layout.metrics,
+            metrics=local_only(layout.metrics),
             steps=run.pretrain.steps,
         )
         return export(run, layout)
@@ -87,7 +89,7 @@ def _refuse_other_settings(run: PretrainRun, layout: RunLayout) -> None:
             "run": {"seed": run.run.seed},
         }
     )
-    reached = steps_reached(layout.checkpoints)
+    reached = steps_reached(local_only(layout.checkpoints))
     if marker.exists() and reached:
         changed = differing_settings(read_json(marker, what="settings", hint=f"delete {marker}"), now)
         if changed:
@@ -105,7 +107,7 @@ def export(run: PretrainRun, layout: RunLayout) -> Path:
     model = new_model(
         build_config(section.architecture, AutoTokenizer.from_pretrained(section.tokenizer)), run.run.seed
     )
-    state = load_checkpoint(layout.best, dict(model.named_parameters()))
+    state = load_checkpoint(local_only(layout.best), dict(model.named_parameters()))
     model.to(torch.bfloat16)
     export_mxfp4(model, section.tokenizer, section.output)
     loaded = load_base(ModelSection(path=section.output, device="cpu"))

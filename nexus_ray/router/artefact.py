@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import Field
 
@@ -11,6 +10,7 @@ from nexus_ray.data.coverage import CalibrationSample
 from nexus_ray.errors import ArtefactError
 from nexus_ray.router.files import REMAKE, ArrayDescription, Arrays, read_described, write_described
 from nexus_ray.router.moments import RouterMoments
+from nexus_ray.storage import Place
 
 FORMAT_VERSION = 3
 _WHAT = "router statistics"
@@ -54,7 +54,7 @@ class RouterStatistics:
     description: Description
     sources: dict[str, RouterMoments]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Place) -> None:
         """Write the safetensors file `path` and the description beside it."""
         arrays: Arrays = {}
         for name, moments in self.sources.items():
@@ -62,7 +62,7 @@ class RouterStatistics:
         write_described(path, arrays, self.description)
 
     @classmethod
-    def load(cls, path: Path) -> RouterStatistics:
+    def load(cls, path: Place) -> RouterStatistics:
         """Read the pair of files that `save` wrote.
 
         Raises:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -38,7 +37,7 @@ from nexus_ray.router.candidates import (
 )
 from nexus_ray.router.files import REMAKE, ArrayDescription, Arrays, read_described, write_described
 from nexus_ray.router.moments import HALVES
-from nexus_ray.storage import digest
+from nexus_ray.storage import Place, digest, exists
 
 logger = logging.getLogger(__name__)
 _WHAT = "calibration text"
@@ -75,7 +74,7 @@ class Calibration:
     description: CalibrationDescription
     sources: dict[str, CalibrationText]
 
-    def save(self, path: Path) -> Calibration:
+    def save(self, path: Place) -> Calibration:
         """Write the file `path` and its description beside it; returns the calibration with the checksum."""
         arrays: Arrays = {
             f"{name}.{field}": getattr(text, field) for name, text in self.sources.items() for field in SEQUENCE_FIELDS
@@ -83,7 +82,7 @@ class Calibration:
         return Calibration(write_described(path, arrays, self.description), self.sources)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Place) -> Self:
         """Read what `save` wrote.
 
         Raises:
@@ -100,7 +99,7 @@ class Calibration:
         return cls(description, sources)
 
 
-def choose_calibration(config: Config, path: Path) -> Calibration:
+def choose_calibration(config: Config, path: Place) -> Calibration:
     """Choose the calibration text and write it to `path`, or read it from there when it is what would be chosen.
 
     Raises:
@@ -109,7 +108,7 @@ def choose_calibration(config: Config, path: Path) -> Calibration:
     """
     work = plan_candidates(config)
     recipe = _recipe(config, work)
-    if path.with_suffix(".json").exists():
+    if exists(path.with_suffix(".json")):
         try:
             calibration = Calibration.load(path)
         except ArtefactError as error:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 from nexus_ray.checkpoints.fingerprint import fingerprint, full_sha256
@@ -33,7 +32,7 @@ from nexus_ray.router.calibration import Calibration, choose_calibration
 from nexus_ray.router.candidates import CalibrationText
 from nexus_ray.router.moments import RouterMoments
 from nexus_ray.router.probabilities import ProbabilityRows, save_probabilities
-from nexus_ray.storage import digest
+from nexus_ray.storage import Place, digest, local_directory
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ class Unit:
     export: int = 0
 
 
-def collect(config: Config, layout: RunLayout, overlay: Path | None = None) -> RouterStatistics:
+def collect(config: Config, layout: RunLayout, overlay: Place | None = None) -> RouterStatistics:
     """Write the router statistics of every source, continuing what an interrupted call left.
 
     Args:
@@ -124,7 +123,7 @@ class StatisticsCollector:
         overlay: of the student; None observes the base.
     """
 
-    def __init__(self, config: Config, parts: Parts, calibration: Path, overlay: Path | None) -> None:
+    def __init__(self, config: Config, parts: Parts, calibration: Place, overlay: Place | None) -> None:
         set_worker_threads(config.resources)
         self.config = config
         self.parts = parts
@@ -190,7 +189,7 @@ def _recording_norms(model: LoadedModel, wanted: bool) -> AbstractContextManager
     return model.recording_expert_norms() if wanted else nullcontext([])
 
 
-def _run(config: Config, parts: Parts, units: Sequence[Unit], calibration: Path, overlay: Path | None) -> int:
+def _run(config: Config, parts: Parts, units: Sequence[Unit], calibration: Place, overlay: Place | None) -> int:
     """Make the missing parts; return the tokens read in this call."""
     missing = parts.missing(units)
     arguments = {"config": config, "parts": parts, "calibration": calibration, "overlay": overlay}
@@ -217,14 +216,14 @@ def _merge_parts(parts: Parts, units: Sequence[Unit], description: Description) 
     return sources
 
 
-def describe_statistics(config: Config, calibration: Calibration, overlay: Path | None) -> Description:
+def describe_statistics(config: Config, calibration: Calibration, overlay: Place | None) -> Description:
     """What statistics of this run's base, or of its student, would say of themselves."""
     model = read_model_config(config.model.path)
     dimensions = family_of(model).dimensions(model)
     samples = calibration.description.samples
     return Description(
         base_fingerprint=fingerprint(config.model.path),
-        overlay_sha256=None if overlay is None else digest(full_sha256(overlay, stem="overlay")),
+        overlay_sha256=None if overlay is None else digest(full_sha256(local_directory(overlay), stem="overlay")),
         tokenizer_sha256=tokenizer_digest(load_tokenizer(config.model.path, model)),
         sequence_length=config.data.sequence_length,
         layers=dimensions.layers,

@@ -6,17 +6,16 @@ SHA-256 of the arrays' file, so that a pair of files from two different runs is 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, load_file, save
 
 from nexus_ray.errors import ArtefactError
-from nexus_ray.storage import atomic_file, read_json, sha256_file, write_json
+from nexus_ray.storage import Place, atomic_file, is_remote, read_bytes, read_json, sha256_file, write_json
 
 Arrays = dict[str, NDArray[Any]]
 REMAKE = "run `nexus-ray collect CONFIG` again"
@@ -44,7 +43,7 @@ def to_bytes(arrays: Arrays) -> bytes:
     return bytes(save({name: np.ascontiguousarray(values) for name, values in arrays.items()}))
 
 
-def write_arrays(path: Path, arrays: Arrays) -> None:
+def write_arrays(path: Place, arrays: Arrays) -> None:
     """Write named arrays as safetensors, atomically.
 
     Raises:
@@ -55,21 +54,21 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
         temporary.write_bytes(to_bytes(arrays))
 
 
-def read_arrays(path: Path, what: str = "router statistics") -> Arrays:
+def read_arrays(path: Place, what: str = "router statistics") -> Arrays:
     """Read named arrays from a safetensors file.
 
     Raises:
         ArtefactError: the file is missing or damaged.
     """
     try:
-        return dict(load_file(path))
+        return dict(load(read_bytes(path)) if is_remote(path) else load_file(path))
     except FileNotFoundError as error:
         raise ArtefactError(f"no {what} at {path}", REMAKE) from error
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtefactError(f"the {what} at {path} are damaged: {error}", REMAKE) from error
 
 
-def write_described(path: Path, arrays: Arrays, description: DescriptionT) -> DescriptionT:
+def write_described(path: Place, arrays: Arrays, description: DescriptionT) -> DescriptionT:
     """Write the arrays to `path` and their description beside it; returns the description with the checksum."""
     write_arrays(path, arrays)
     stamped = description.model_copy(update={"sha256": sha256_file(path)})
@@ -77,7 +76,7 @@ def write_described(path: Path, arrays: Arrays, description: DescriptionT) -> De
     return stamped
 
 
-def read_description(path: Path, kind: type[DescriptionT], what: str) -> DescriptionT:
+def read_description(path: Place, kind: type[DescriptionT], what: str) -> DescriptionT:
     """Read the description beside the arrays at `path`.
 
     Raises:
@@ -95,7 +94,7 @@ def read_description(path: Path, kind: type[DescriptionT], what: str) -> Descrip
         raise ArtefactError(f"{beside} does not describe {what}: {error}", REMAKE) from error
 
 
-def read_described(path: Path, kind: type[DescriptionT], what: str) -> tuple[DescriptionT, Arrays]:
+def read_described(path: Place, kind: type[DescriptionT], what: str) -> tuple[DescriptionT, Arrays]:
     """Read the pair of files that `write_described` wrote.
 
     Raises:

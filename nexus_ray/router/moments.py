@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Self, TypeVar
 
 import numpy as np
@@ -22,6 +21,7 @@ from safetensors.numpy import load as load_arrays
 
 from nexus_ray.errors import ArtefactError, DataError
 from nexus_ray.router.files import REMAKE, Arrays, read_arrays, to_bytes, write_arrays
+from nexus_ray.storage import Place
 
 HALVES = 2
 _Number = TypeVar("_Number", np.float64, np.int64)
@@ -181,12 +181,12 @@ class RouterMoments:
         """The inverse of `to_bytes`."""
         return cls.from_arrays(load_arrays(data))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Place) -> None:
         """Write one safetensors file atomically."""
         write_arrays(path, self.arrays())
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Place) -> Self:
         """Read what `save` wrote.
 
         Raises:

@@ -6,9 +6,9 @@ string. It grows with the tokens, as the statistics do not: 9.2 GB for a million
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nexus_ray.router.artefact import Description
-from nexus_ray.storage import atomic_file
+from nexus_ray.storage import Place, atomic_file, read_bytes
 
 _SUFFIX = ".npy"
 
@@ -35,16 +35,16 @@ class ProbabilityRows:
             rows = router_logits[torch.as_tensor(valid, device=router_logits.device)][:missing]
             self._rows.append(torch.softmax(rows.float(), dim=-1).half().cpu().numpy())
 
-    def save(self, part: Path) -> None:
+    def save(self, part: Place) -> None:
         """Write the rows, if any are wanted, beside the file `part`."""
         if self.wanted:
             with atomic_file(part.with_suffix(_SUFFIX)) as temporary, temporary.open("wb") as file:
                 np.save(file, np.concatenate(self._rows))
 
 
-def save_probabilities(path: Path, parts: Sequence[Path], description: Description, model: str) -> None:
+def save_probabilities(path: Place, parts: Sequence[Place], description: Description, model: str) -> None:
     """Join the rows that were saved beside `parts` into one .npz file."""
-    rows = np.concatenate([np.load(part.with_suffix(_SUFFIX)) for part in parts])
+    rows = np.concatenate([np.load(io.BytesIO(read_bytes(part.with_suffix(_SUFFIX)))) for part in parts])
     metadata = {
         "num_samples": sum(sample.sequences for sample in description.calibration.values()),
         "num_tokens": len(rows),

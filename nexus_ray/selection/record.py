@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,7 +17,7 @@ from nexus_ray.data.coverage import CalibrationSample
 from nexus_ray.errors import ArtefactError
 from nexus_ray.selection.distribution import Distribution
 from nexus_ray.selection.scores import rank_experts
-from nexus_ray.storage import read_json, write_json
+from nexus_ray.storage import Place, read_json, write_json
 
 FORMAT_VERSION = 4
 MethodName = Literal["pca", "pca_variance", "usage", "gate_mass", "reap"]
@@ -231,12 +230,12 @@ class Selection(_Record):
             f"where chance would give {self.expected_above_null:.1f}."
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Place) -> None:
         """Write the selection as JSON, atomically."""
         write_json(path, self.model_dump(mode="json"))
 
     @classmethod
-    def load(cls, path: Path) -> Selection:
+    def load(cls, path: Place) -> Selection:
         """Read what `save` wrote.
 
         Raises:

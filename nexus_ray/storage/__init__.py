@@ -14,6 +14,9 @@ from nexus_ray.storage.files import (
 from nexus_ray.storage.places import Place, PlaceField, is_remote, place_of
 from nexus_ray.storage.reading import (
     exists,
+    file_sizes,
+    in_parallel,
+    member,
     read_bytes,
     read_json,
     read_text,
@@ -32,10 +35,13 @@ __all__ = [
     "cache_root",
     "digest",
     "exists",
+    "file_sizes",
+    "in_parallel",
     "is_remote",
     "local_directory",
     "local_file",
     "make_directory",
+    "member",
     "place_of",
     "read_bytes",
     "read_json",

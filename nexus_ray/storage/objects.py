@@ -34,9 +34,9 @@ def information(place: UPath) -> dict[str, Any] | None:
 
 
 def object_size(place: UPath) -> int | None:
-    """Bytes of an object; None where there is none."""
+    """Bytes of an object; None where there is none, or a server that does not say."""
     found = information(place)
-    return None if found is None else int(found["size"])
+    return None if found is None or found["size"] is None else int(found["size"])
 
 
 def read_object(place: UPath, start: int | None = None, stop: int | None = None) -> bytes:
@@ -71,6 +71,30 @@ def create_object(place: UPath, content: bytes) -> None:
             raise
 
     retrying(lambda: _inside_bucket(put, place), place, "write")
+
+
+def replace_object(place: UPath, content: bytes, version: str | None) -> None:
+    """Put an object in the place of the version with this ETag.
+
+    Only S3's protocol takes such a condition through fsspec; elsewhere the object is put whatever is there.
+
+    Raises:
+        FileExistsError: there is another version, or none.
+        StorageError: the store refused or failed.
+    """
+    condition = {"IfMatch": version} if version and {"s3", "s3a"} & set(_protocols(place)) else {}
+
+    def put() -> None:
+        try:
+            place.fs.pipe_file(place.path, content, **condition)
+        except FileNotFoundError as error:
+            raise FileExistsError(f"{place} is gone") from error
+        except OSError as error:
+            if status_of(error) == PRECONDITION_FAILED:
+                raise FileExistsError(str(place)) from error
+            raise
+
+    retrying(put, place, "write")
 
 
 def upload(file: Path, place: UPath) -> None:
@@ -128,3 +152,8 @@ def _inside_bucket(action: Any, place: UPath) -> None:
         raise StorageError(
             f"cannot write {place}: the object store has no such bucket ({error})", "create it, or check the URI"
         ) from error
+
+
+def _protocols(place: UPath) -> tuple[str, ...]:
+    found = place.fs.protocol
+    return (found,) if isinstance(found, str) else tuple(found)

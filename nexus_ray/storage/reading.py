@@ -8,18 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+import stat
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nexus_ray.errors import ArtefactError
 from nexus_ray.storage.digests import sha256_of_file
 from nexus_ray.storage.files import storage_error
 from nexus_ray.storage.objects import listed, object_size, read_object, remove_object, remove_objects
 from nexus_ray.storage.places import Place, is_remote
-from nexus_ray.storage.published import MANIFEST, is_published
+from nexus_ray.storage.published import MANIFEST, is_published, published
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _AT_ONCE = 16  # requests about different objects
 _BLOCK_BYTES = 64 << 20  # of one request when all of an object is read
 
@@ -45,13 +48,46 @@ def size_of(place: Place) -> int | None:
     """
     if is_remote(place):
         return object_size(place)
-    return place.stat().st_size if place.is_file() else None
+    try:
+        status = place.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def sizes_of(places: Iterable[Place]) -> list[int | None]:
-    """`size_of` each, some at the same time."""
+    """`size_of` each, in this order."""
+    return in_parallel(size_of, list(places))
+
+
+def in_parallel(action: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """What `action` gives for each item, in their order; it waits for storage, so some are done at the same time."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(size_of, places))
+        return list(pool.map(action, items))
+
+
+def file_sizes(directory: Place) -> dict[str, int]:
+    """{name: bytes} of all files of a directory, those of directories in it with their path; empty where there is none.
+
+    Of a directory that `atomic_directory` published, what its manifest says; of any other in an object store, what a
+    listing shows.
+
+    Raises:
+        StorageError: the store refused or failed.
+    """
+    if not is_remote(directory):
+        sizes = {path.relative_to(directory).as_posix(): size_of(path) for path in sorted(directory.rglob("*"))}
+        return {name: size for name, size in sizes.items() if size is not None}
+    manifest = published(directory)
+    if manifest is not None:
+        return {name: file.bytes for name, file in manifest.files.items()}
+    return {name: int(entry["size"]) for name, entry in listed(directory).items() if name}
+
+
+def member(directory: Place, name: str) -> Place:
+    """Where a file of a directory that `atomic_directory` wrote is now, or would be."""
+    manifest = published(directory) if is_remote(directory) else None
+    return directory / name if manifest is None else directory / manifest.generation / name
 
 
 def read_bytes(place: Place, start: int | None = None, stop: int | None = None) -> bytes:

@@ -56,7 +56,7 @@ _PASSING_TYPES = {
     "FlexibleChecksumError",
 }
 _CREDENTIAL_TYPES = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
-_PERMANENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_PERMANENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, NotImplementedError)
 
 
 def retrying(action: Callable[[], Result], place: UPath, doing: str) -> Result:

@@ -17,6 +17,7 @@ from nexus_ray.modeling.trained import is_trained
 from nexus_ray.targets.reading.reader import TargetSet
 from nexus_ray.training import trainer
 from nexus_ray.training.checkpointing import load_checkpoint
+from nexus_ray.training.local import local_only
 from nexus_ray.training.loop import run_steps
 from nexus_ray.training.readiness import check_targets, report_epochs
 from nexus_ray.training.settings import LoopSettings
@@ -46,7 +47,12 @@ def train(config: Config, layout: RunLayout) -> OverlayConfig:
     report_epochs(TargetSet.open(layout.targets).manifest, config)
     arguments = {"config": config.model_dump(mode="json")}
     trainer.run_distributed(
-        _loop, arguments, layout.training, config.resources, metrics=layout.metrics, steps=config.train.steps
+        _loop,
+        arguments,
+        local_only(layout.training),
+        config.resources,
+        metrics=local_only(layout.metrics),
+        steps=config.train.steps,
     )
     return _write_best(config, layout)
 
@@ -97,7 +103,7 @@ def _write_best(config: Config, layout: RunLayout) -> OverlayConfig:
             f"there are no best weights in {layout.best}: no validation had a finite loss",
             "look for `warning` and `validation` in metrics.jsonl, and lower train.optimiser.learning_rate",
         )
-    state = load_checkpoint(layout.best, trained)
+    state = load_checkpoint(local_only(layout.best), trained)
     description = description.model_copy(update={"trained_steps": state["step"]})
     save_overlay(layout.overlay, description, {**tensors, **{name: p.detach() for name, p in trained.items()}})
     logger.info("overlay written: the weights after step %d of %d", state["step"], config.train.steps)

@@ -19,6 +19,7 @@ from nexus_ray.training import trainer, trouble
 from nexus_ray.training.averaging import Averaging
 from nexus_ray.training.checkpointing import load_checkpoint, take_snapshot, write_snapshot
 from nexus_ray.training.guards import Progress
+from nexus_ray.training.local import local_only
 from nexus_ray.training.optimiser import drop_frozen_gradients, is_frozen, set_learning_rates
 from nexus_ray.training.recovery import RecoveryPoints, newest, remove_leftovers
 from nexus_ray.training.settings import LoopSettings
@@ -93,10 +94,14 @@ class _Loop:
         self.averaging = Averaging(settings.averaging, task.parameters, task.initial_weights)
         self.progress = Progress()
         self.is_first = trainer.world()[0] == 0
-        self.points = RecoveryPoints(settings.layout.checkpoints, settings.keep_checkpoints) if self.is_first else None
+        self.points = (
+            RecoveryPoints(local_only(settings.layout.checkpoints), settings.keep_checkpoints)
+            if self.is_first
+            else None
+        )
         self.saved_for_leaving = False
         if self.is_first:
-            remove_leftovers(settings.layout.directory)
+            remove_leftovers(local_only(settings.layout.directory))
         damaged = self._restore()
         self.log = self._open_log() if self.is_first else None
         for reason in damaged:
@@ -144,7 +149,7 @@ class _Loop:
         Raises:
             ArtefactError: there are checkpoints, and none is whole.
         """
-        found, damaged = newest(self.settings.layout.checkpoints) if self.is_first else (None, [])
+        found, damaged = newest(local_only(self.settings.layout.checkpoints)) if self.is_first else (None, [])
         if damaged and found is None:
             raise trouble.nothing_whole(damaged, self.settings)
         chosen = trainer.from_first_worker(str(found) if found else None)
@@ -243,7 +248,9 @@ class _Loop:
             for sample in self.task.samples():
                 self.say("sample", **sample)
         if self.progress.is_best(record["loss"], self.settings.early_stop) and self.is_first:
-            write_snapshot(self.settings.layout.best, take_snapshot(self.task.parameters, self.progress.as_state()))
+            write_snapshot(
+                local_only(self.settings.layout.best), take_snapshot(self.task.parameters, self.progress.as_state())
+            )
             self.say("best", loss=record["loss"])
         if self.progress.ended:
             self.say("early_stop", validations_without_gain=self.progress.without_gain)

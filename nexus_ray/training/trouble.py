@@ -8,6 +8,7 @@ from typing import Any
 
 from nexus_ray.errors import ArtefactError, NexusError, StorageError
 from nexus_ray.training.guards import Progress
+from nexus_ray.training.local import local_only
 from nexus_ray.training.recovery import newest
 from nexus_ray.training.settings import LoopSettings
 
@@ -107,7 +108,7 @@ def _last_good(settings: LoopSettings, progress: Progress) -> str:
     if progress.best is not None:
         return f"The best weights so far, after {progress.best_step} steps, are in {settings.layout.best}"
     try:
-        found, _ = newest(settings.layout.checkpoints)
+        found, _ = newest(local_only(settings.layout.checkpoints))
     except StorageError:
         return f"Checkpoints are in {settings.layout.checkpoints}"
     return f"The last checkpoint is {found}" if found else "There is no checkpoint yet"

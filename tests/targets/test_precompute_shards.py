@@ -15,7 +15,7 @@ from precompute_here import contents, manifest_of, precompute_here, run_workers_
 
 from nexus_ray.data.sources import Shard
 from nexus_ray.errors import NexusError
-from nexus_ray.targets.format import MANIFEST
+from nexus_ray.targets.format import MANIFEST, TargetFile
 from nexus_ray.targets.writing import precompute as module
 from nexus_ray.targets.writing.job import job_of_run
 from nexus_ray.targets.writing.shard_keys import ShardWork, plan_work
@@ -112,15 +112,15 @@ def test_a_missing_or_cut_shard_is_made_again_alone(make, rounds) -> None:
 
 
 def test_a_call_that_was_interrupted_leaves_shards_that_the_next_one_keeps(make, monkeypatch) -> None:
-    whole, original = contents(make("whole")), module.checksums
+    whole, original = contents(make("whole")), module.ShardStore.add
     calls = iter(range(100))
 
-    def interrupted(path: Path) -> tuple[str, str]:
-        if next(calls) == 2:
+    def interrupted(store: module.ShardStore, file: TargetFile) -> None:
+        if next(calls) == 2:  # the shard is there, its record is not
             raise KeyboardInterrupt
-        return original(path)
+        original(store, file)
 
-    monkeypatch.setattr(module, "checksums", interrupted)
+    monkeypatch.setattr(module.ShardStore, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make("targets")
     directory = make("whole").with_name("targets")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -39,6 +38,7 @@ from nexus_ray.generation.request import (
 )
 from nexus_ray.modeling.loading import LoadedModel
 from nexus_ray.modeling.overlay_rows import OverlayRows, ServedOverlay, read_overlay
+from nexus_ray.storage import Place
 
 _MOST_SALTS = 10_000  # times a vocabulary of 200,000 still fits the 32 bits of transformers' token ids
 _STARTS = 3  # of transformers' loop for one request
@@ -81,7 +81,7 @@ class BatchingEngine:
     """
 
     def __init__(
-        self, base: LoadedModel, overlays: Mapping[str, Path] | None = None, limits: BatchLimits | None = None
+        self, base: LoadedModel, overlays: Mapping[str, Place] | None = None, limits: BatchLimits | None = None
     ) -> None:
         self.base = base
         self.limits = limits or BatchLimits()
@@ -164,7 +164,7 @@ class BatchingEngine:
             self._admit()
             return self._scorer.submit(list(zip(requests, overlays, strict=True)), cancelled)
 
-    def serve(self, overlays: Mapping[str, Path]) -> None:
+    def serve(self, overlays: Mapping[str, Place]) -> None:
         """From now on serve these overlays beside the base; see `Engine`."""
         if BASE in overlays:
             raise ConfigError(f"no overlay can be called {BASE!r}: that is the base", "choose another name")

@@ -7,7 +7,6 @@ lost when drawing fails, and any figure can be drawn again. Every number of laye
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from nexus_ray import plot_style as look
@@ -16,6 +15,7 @@ from nexus_ray.selection.figures.co_selection import co_selection_figure
 from nexus_ray.selection.figures.curves import concentration_figure, stability_figure, variance_figure
 from nexus_ray.selection.figures.heatmaps import importance_figure, usage_figure
 from nexus_ray.selection.record import Selection
+from nexus_ray.storage import Place, remove
 
 _FIGURES: dict[str, Callable[[Selection], Any | None]] = {
     "expert_importance.png": importance_figure,
@@ -27,7 +27,7 @@ _FIGURES: dict[str, Callable[[Selection], Any | None]] = {
 _CO_SELECTION = "co_selection.png"
 
 
-def plot_selection(selection: Selection, statistics: RouterStatistics | None, directory: Path) -> list[Path]:
+def plot_selection(selection: Selection, statistics: RouterStatistics | None, directory: Place) -> list[Place]:
     """Draw the figures of a selection as PNG below `directory` and return their paths.
 
     A figure that would show nothing is left out, and one that an earlier selection left is then removed: pairs,
@@ -42,10 +42,10 @@ def plot_selection(selection: Selection, statistics: RouterStatistics | None, di
     return [*paths, directory / _CO_SELECTION] if _save(pairs, directory / _CO_SELECTION) else paths
 
 
-def _save(figure: Any | None, path: Path) -> bool:
+def _save(figure: Any | None, path: Place) -> bool:
     """Whether there was something to save."""
     if figure is None:
-        path.unlink(missing_ok=True)
+        remove(path)
     else:
         look.save(figure, path)
     return figure is not None

@@ -25,7 +25,7 @@ from nexus_ray.selection.report.sources import (
     share_of_selections,
     texts_of_their_own,
 )
-from nexus_ray.storage import write_text
+from nexus_ray.storage import Place, exists, write_text
 
 _MOST_EXPERTS_LISTED = 8
 _CAPTIONS = {
@@ -44,16 +44,16 @@ _NULLS = {
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e[-+]?\d+)?")
 
 
-def write_report(selection: Selection, statistics: RouterStatistics, path: Path, plots_directory: Path) -> None:
+def write_report(selection: Selection, statistics: RouterStatistics, path: Place, plots_directory: Place) -> None:
     """Write the report, with those figures that are in `plots_directory`, atomically.
 
     Raises:
         StorageError: the file system refused.
     """
     figures = {
-        name: Path(os.path.relpath(plots_directory / name, path.parent)).as_posix()
+        name: Path(os.path.relpath(str(plots_directory / name), str(path.parent))).as_posix()
         for name in _CAPTIONS
-        if (plots_directory / name).exists()
+        if exists(plots_directory / name)
     }
     write_text(path, render(selection, statistics, figures))
 

@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,12 +15,13 @@ from torch import Tensor
 
 from nexus_ray.console import progress
 from nexus_ray.errors import ArtefactError
+from nexus_ray.storage import Place
 from nexus_ray.targets.checksums import BLOCK_BYTES
 from nexus_ray.targets.format import MANIFEST, REMAKE, Manifest
 from nexus_ray.targets.reading.cache import TableCache
 from nexus_ray.targets.reading.decoding import StoredRow, output_of, router_of, tokens_of
-from nexus_ray.targets.reading.places import Place
 from nexus_ray.targets.reading.shards import Shard
+from nexus_ray.targets.reading.target_directory import TargetDirectory
 from nexus_ray.targets.teacher import OutputTargets, RouterTargets
 
 CACHE_BYTES = 256 << 20  # of row groups that a set keeps in memory
@@ -71,7 +71,7 @@ class TargetSet:
     Threads may share it. Every block of a file is compared with its checksum once, when it is first read.
     """
 
-    def __init__(self, place: Place, manifest: Manifest) -> None:
+    def __init__(self, place: TargetDirectory, manifest: Manifest) -> None:
         self.place = place
         self.manifest = manifest
         self._shards = [Shard(place, manifest, file) for file in manifest.files]
@@ -82,7 +82,7 @@ class TargetSet:
 
     @classmethod
     def open(
-        cls, location: Path | str, base_fingerprint: str | None = None, tokenizer_sha256: str | None = None
+        cls, location: Place | str, base_fingerprint: str | None = None, tokenizer_sha256: str | None = None
     ) -> TargetSet:
         """Open a complete target set, checking that every file is there with the recorded size.
 
@@ -96,7 +96,7 @@ class TargetSet:
                 is of another base model or tokenizer.
             StorageError: the file system refused.
         """
-        place = Place(location)
+        place = TargetDirectory(location)
         targets = cls(place, _read_manifest(place))
         made_with = targets.manifest.base_fingerprint
         if made_with is not None:
@@ -203,7 +203,7 @@ class TargetSet:
         return self._shards[index]
 
 
-def _read_manifest(place: Place) -> Manifest:
+def _read_manifest(place: TargetDirectory) -> Manifest:
     size, path = place.size(MANIFEST), place.path(MANIFEST)
     if size is None:
         raise ArtefactError(f"no target manifest at {path}", REMAKE)
@@ -214,7 +214,7 @@ def _read_manifest(place: Place) -> Manifest:
     return Manifest.parse(values, path)
 
 
-def _check_identity(place: Place, what: str, found: str, wanted: str | None) -> None:
+def _check_identity(place: TargetDirectory, what: str, found: str, wanted: str | None) -> None:
     if wanted is not None and found != wanted:
         raise ArtefactError(
             f"{place} was made with the {what} {found[:_IDENTITY]}, not {wanted[:_IDENTITY]}",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nexus_ray.errors import ArtefactError
 from nexus_ray.targets.checksums import MAKE_AGAIN, CheckedBytes, VerifiedFile, block_digits
 from nexus_ray.targets.format import METADATA_KEY, REMAKE, Manifest, TargetFile, shard_schema
-from nexus_ray.targets.reading.places import Place
+from nexus_ray.targets.reading.target_directory import TargetDirectory
 
 TOKEN_COLUMNS = ("sequence_id", "num_tokens", "num_targets", "input_ids", "loss_mask")
 _COUNTS = ("num_tokens", "num_targets")
@@ -39,7 +39,7 @@ class Shard:
         content: its bytes, checked.
     """
 
-    def __init__(self, place: Place, manifest: Manifest, file: TargetFile) -> None:
+    def __init__(self, place: TargetDirectory, manifest: Manifest, file: TargetFile) -> None:
         self.file = file
         self.path = place.path(file.name)
         self.content = CheckedBytes(self.path, partial(place.read, file.name), file.bytes, file.blocks)
@@ -57,7 +57,9 @@ class Shard:
         """
         if "/" in self.file.name or len(self.file.blocks) != block_digits(self.file.bytes):
             raise ArtefactError(f"the manifest of {self._place} describes no shard: {self.file.name!r}", REMAKE)
-        size = listed[self.file.name] if self.file.name in listed else self._place.size(self.file.name)
+        size = listed.get(self.file.name)
+        if size != self.file.bytes:  # a listing may be an old one
+            size = self._place.size(self.file.name)
         if size is None:
             raise ArtefactError(f"{self.path} is missing", f"{REMAKE}: only this shard is made again")
         if size != self.file.bytes:
@@ -195,7 +197,7 @@ def _shown(values: Mapping[str, Any], name: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _read_description(place: Place, name: str) -> bytes | None:
+def _read_description(place: TargetDirectory, name: str) -> bytes | None:
     """What a file of any size says about itself, from its footer alone, unchecked."""
     size = place.size(name) or 0
     tail = place.read(name, max(0, size - _TAIL_BYTES), size)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from nexus_ray.data.packing import Batch, batches, pack_shard
 from nexus_ray.data.unreadable import UnreadableRows
 from nexus_ray.errors import DataError
 from nexus_ray.layout import RunLayout
-from nexus_ray.targets.checksums import checksums
+from nexus_ray.storage import Place
 from nexus_ray.targets.format import Manifest, TargetFile
 from nexus_ray.targets.writing import quota
 from nexus_ray.targets.writing.job import PrecomputeJob, job_of_run
@@ -40,7 +39,7 @@ def precompute_run(config: Config, layout: RunLayout) -> Manifest:
     return precompute(job_of_run(config), layout.targets, config.resources)
 
 
-def precompute(job: PrecomputeJob, output: Path, resources: ResourcesSection) -> Manifest:
+def precompute(job: PrecomputeJob, output: Place, resources: ResourcesSection) -> Manifest:
     """Make the target set at `output` from the shards that are there and those that it lacks.
 
     Raises:
@@ -141,7 +140,6 @@ class ShardWriter:
         path, header, source = self.store.path(work.name), self.job.header, work.shard.source
         with writing_shard(path, header, source, work.key, output=work.output, router=work.router) as shard:
             self._write(shard, work, unreadable)
-        sha256, blocks = checksums(path)
         record = TargetFile(
             name=work.name,
             source=source,
@@ -151,9 +149,9 @@ class ShardWriter:
             targets=shard.targets,
             output=work.output,
             router=work.router,
-            bytes=path.stat().st_size,
-            sha256=sha256,
-            blocks=blocks,
+            bytes=shard.bytes,
+            sha256=shard.sha256,
+            blocks=shard.blocks,
             **unreadable.as_row(),
         )
         self.store.add(record)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -13,7 +12,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nexus_ray.data.packing import Batch
-from nexus_ray.storage import atomic_file
+from nexus_ray.storage import Place, atomic_file
+from nexus_ray.targets.checksums import checksums
 from nexus_ray.targets.format import ROW_GROUP_BYTES, Header, shard_schema
 
 Columns = Mapping[str, NDArray[np.uint8]]
@@ -36,7 +36,14 @@ class ShardFile:
         sequences: rows so far.
         tokens: of these rows.
         targets: tokens in their loss masks.
+        bytes: of the file, known when it is written, as are its checksums.
+        sha256: of the whole file.
+        blocks: as `checksums` gives them.
     """
+
+    bytes: int
+    sha256: str
+    blocks: str
 
     def __init__(self, file: BinaryIO, header: Header, source: str, key: str, *, output: bool, router: bool) -> None:
         self.sequences = self.tokens = self.targets = 0
@@ -111,21 +118,24 @@ class ShardFile:
 
 @contextmanager
 def writing_shard(
-    path: Path, header: Header, source: str, key: str, *, output: bool, router: bool
+    path: Place, header: Header, source: str, key: str, *, output: bool, router: bool
 ) -> Iterator[ShardFile]:
     """A shard that stands at `path` when the block has ended without an exception; arguments as `ShardFile`.
 
     Raises:
         StorageError: the file system refused; nothing is left of the file.
     """
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        shard = ShardFile(file, header, source, key, output=output, router=router)
-        try:
-            yield shard
-            shard.close()
-        except BaseException:
-            shard.abandon()
-            raise
+    with atomic_file(path) as temporary:
+        with temporary.open("wb") as file:
+            shard = ShardFile(file, header, source, key, output=output, router=router)
+            try:
+                yield shard
+                shard.close()
+            except BaseException:
+                shard.abandon()
+                raise
+        shard.bytes = temporary.stat().st_size
+        shard.sha256, shard.blocks = checksums(temporary)  # of what was written, not of what can be read from there
 
 
 def column_bytes(header: Header, *, output: bool, router: bool) -> dict[str, int]:

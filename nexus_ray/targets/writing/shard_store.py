@@ -9,17 +9,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatch
 from typing import Any
 
 from pydantic import ValidationError
 
 from nexus_ray.errors import ArtefactError
-from nexus_ray.storage import make_directory, read_json, storage_error, write_json
+from nexus_ray.storage import (
+    Place,
+    exists,
+    file_sizes,
+    in_parallel,
+    make_directory,
+    read_json,
+    remove,
+    size_of,
+    write_json,
+)
 from nexus_ray.targets.format import MANIFEST, Manifest, TargetFile
 
 logger = logging.getLogger(__name__)
 _HINT = "run the same command again"
+_TEMPORARY = ".*.partial"
+_OURS = ("*.parquet", "*.json", _TEMPORARY)
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class ShardStore:
         directory: of the target set.
     """
 
-    directory: Path
+    directory: Place
 
     def begin(self) -> None:
         """Make the directory, and remove what killed workers left half-written.
@@ -39,9 +51,9 @@ class ShardStore:
             StorageError: the file system refused.
         """
         make_directory(self.directory)
-        self._remove(self.directory.glob(".*.partial"))
+        self._remove(name for name in file_sizes(self.directory) if fnmatch(name, _TEMPORARY))
 
-    def path(self, name: str) -> Path:
+    def path(self, name: str) -> Place:
         """Of a shard's file."""
         return self.directory / name
 
@@ -61,8 +73,14 @@ class ShardStore:
     def done(self, names: Iterable[str]) -> dict[str, TargetFile]:
         """Records of those shards that need not be made."""
         listed = {file.name: file for file in self._listed()}
-        found = {name: self._unlisted(name) or listed.get(name) for name in names}
-        return {name: file for name, file in found.items() if file is not None and self._is_whole(file)}
+
+        def whole(name: str) -> TargetFile | None:
+            file = self._unlisted(name) or listed.get(name)
+            return file if file is not None and size_of(self.path(name)) == file.bytes else None
+
+        wanted = list(names)
+        found = zip(wanted, in_parallel(whole, wanted), strict=True)
+        return {name: file for name, file in found if file is not None}
 
     def commit(self, manifest: Manifest) -> None:
         """Make the shards that the manifest lists the target set, then remove all others and all records.
@@ -72,10 +90,15 @@ class ShardStore:
         """
         write_json(self.directory / MANIFEST, manifest.model_dump(mode="json"))
         kept = {MANIFEST, *(file.name for file in manifest.files)}
-        ours = (path for pattern in ("*.parquet", "*.json", ".*.partial") for path in self.directory.glob(pattern))
-        self._remove(path for path in ours if path.name not in kept)
+        others = (name for name in file_sizes(self.directory) if name not in kept)
+        self._remove(name for name in others if any(fnmatch(name, pattern) for pattern in _OURS))
 
-    def _record(self, name: str) -> Path:
+    def names(self) -> list[str]:
+        """Of the manifest and of the shards that it lists; none without a manifest that this version reads."""
+        files = self._listed()
+        return [MANIFEST, *(file.name for file in files)] if files else []
+
+    def _record(self, name: str) -> Place:
         return self.path(name).with_suffix(".json")
 
     def _unlisted(self, name: str) -> TargetFile | None:
@@ -88,7 +111,7 @@ class ShardStore:
     def _listed(self) -> tuple[TargetFile, ...]:
         """Shards of the manifest that stands here, none when it says nothing to this version."""
         path = self.directory / MANIFEST
-        if not path.exists():
+        if not exists(path):
             return ()
         try:
             values: Any = read_json(path, what="target manifest", hint=_HINT)
@@ -97,13 +120,5 @@ class ShardStore:
             logger.warning("%s: it will be replaced, and its shards with it", error.message)
             return ()
 
-    def _is_whole(self, file: TargetFile) -> bool:
-        path = self.path(file.name)
-        return path.is_file() and path.stat().st_size == file.bytes
-
-    def _remove(self, paths: Iterable[Path]) -> None:
-        try:
-            for path in list(paths):
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise storage_error(error, self.directory) from error
+    def _remove(self, names: Iterable[str]) -> None:
+        in_parallel(remove, [self.path(name) for name in names if "/" not in name])

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from nexus_ray.config import TrackersSection, WarningsSection
 from nexus_ray.layout import RunLayout
+from nexus_ray.training.local import local_only
 from nexus_ray.training.watching.background import Background
 from nexus_ray.training.watching.metrics import MetricsLog, read_metrics
 from nexus_ray.training.watching.tags import numbers_of, texts_of
@@ -39,7 +40,7 @@ def open_log(
     Raises:
         StorageError: the file system refused.
     """
-    metrics = MetricsLog(layout.metrics, first_step)
+    metrics = MetricsLog(local_only(layout.metrics), first_step)
     watch = Warnings(warnings or WarningsSection(), roles or {})
     for record in read_metrics(layout.metrics):
         watch.see(record)

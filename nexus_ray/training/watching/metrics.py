@@ -15,7 +15,7 @@ from typing import Any
 
 from nexus_ray.errors import ArtefactError
 from nexus_ray.layout import RunLayout
-from nexus_ray.storage import make_directory, storage_error, write_text
+from nexus_ray.storage import Place, make_directory, read_text, storage_error, write_text
 
 
 class MetricsLog:
@@ -40,11 +40,12 @@ class MetricsLog:
             raise storage_error(error, self._path) from error
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Place) -> list[dict[str, Any]]:
     """All complete records of a metrics file; none when it does not exist. A cut last line is ignored."""
-    if not path.exists():
+    try:
+        return _parse(read_text(path))
+    except FileNotFoundError:
         return []
-    return _parse(path.read_text(encoding="utf-8"))
 
 
 def _parse(text: str) -> list[dict[str, Any]]:
@@ -80,7 +81,7 @@ class MetricsTail:
         return _parse(complete.decode("utf-8"))
 
 
-def read_runs(directories: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
+def read_runs(directories: Sequence[Place]) -> dict[str, list[dict[str, Any]]]:
     """Metrics of several runs by directory name (by path where two names are equal).
 
     Raises:

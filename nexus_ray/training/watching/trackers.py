@@ -21,6 +21,7 @@ from nexus_ray.config.training import MlflowSection, WandbSection
 from nexus_ray.errors import ArtefactError, ConfigError
 from nexus_ray.layout import RunLayout
 from nexus_ray.storage import digest, read_json, write_json
+from nexus_ray.training.local import local_only
 from nexus_ray.training.watching.background import Background
 
 _FLUSH_SECONDS = 10
@@ -69,7 +70,7 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         if not first_step:
-            shutil.rmtree(layout.tensorboard, ignore_errors=True)
+            shutil.rmtree(local_only(layout.tensorboard), ignore_errors=True)
         self._writer = SummaryWriter(
             str(layout.tensorboard),
             purge_step=first_step,
