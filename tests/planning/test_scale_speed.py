@@ -98,6 +98,24 @@ def test_kernels_of_an_expert_of_true_shape_are_counted() -> None:
     assert two[1] - one[1] == figures.EXPERT_KERNELS_BACKWARD
 
 
+def test_kernels_of_a_layer_beside_its_experts(tokenizer_directory: Path, tmp_path: Path, write_overlay: Any) -> None:
+    """Of the embedded model, whose matrices are looked up in one piece, not in 4 and 8: 2 kernels a piece."""
+    overlay = write_overlay(tokenizer_directory, tmp_path / "overlay", width=WIDTH, std=0.1, token_gate=True)
+    student = load_student(ModelSection(path=tokenizer_directory, device="cpu", dtype="bfloat16"), overlay)
+    assert student.shared_experts is not None
+    for name, parameter in student.shared_experts.named_parameters():
+        parameter.requires_grad_("scale" not in name)
+    _pass(student, Kernels(), Kernels())
+    forward, backward = Kernels(), Kernels()
+    _pass(student, forward, backward)
+    pieces = 2 * (4 + 8 - 2)
+    layers = student.dimensions.layers
+    beside = forward.count - forward.experts * (figures.EXPERT_KERNELS_FORWARD - pieces)
+    assert beside / layers == pytest.approx(figures.LAYER_KERNELS_FORWARD, rel=0.2)
+    beside = backward.count - backward.experts * (figures.EXPERT_KERNELS_BACKWARD - pieces)
+    assert beside / layers == pytest.approx(figures.LAYER_KERNELS_BACKWARD, rel=0.2)
+
+
 def test_experts_that_a_batch_meets() -> None:
     speed = GpuSpeed(
         GPUS["h100"], model_sizes(Path("gpt-oss-120b")), token_flop(model_sizes(Path("gpt-oss-120b")), 8, 8), True

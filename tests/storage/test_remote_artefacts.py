@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from targets.precompute_here import contents, precompute_here, run_workers_here
 from nexus_ray.checkpoints.overlay import OverlayConfig, load_overlay, load_overlay_config, overlay_specs, save_overlay
 from nexus_ray.cli import run_command
 from nexus_ray.config import ServeSection
-from nexus_ray.errors import ArtefactError, NexusError
+from nexus_ray.errors import ArtefactError
 from nexus_ray.generation.serving import overlays_of, student_name
 from nexus_ray.parts import Parts
 from nexus_ray.planning.plan import make_plan
@@ -181,11 +180,3 @@ class TestCommands:
     def test_targets_that_are_not_there_are_named(self, remote, capsys):
         assert run_command(["targets", "inspect", f"{remote}/targets"]) == 1
         assert "no target manifest" in capsys.readouterr().err
-
-
-def test_training_says_that_it_needs_a_disk(remote, micro_config):
-    from nexus_ray.training.local import local_only
-
-    with pytest.raises(NexusError, match="training cannot keep s3://"):
-        local_only(remote)
-    assert local_only(Path("runs")) == Path("runs")

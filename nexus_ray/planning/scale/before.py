@@ -43,6 +43,7 @@ def collect(run: PlannedRun) -> StageCost:
     moments = moments_bytes(run.sizes)
     parts = (
         *driver_parts(run, passes=2),
+        TimePart("Ray starts", figures.RAY_START, held=False),
         TimePart("pools start", 2 * figures.POOL_START),
         TimePart("candidates", tokenised, scales=True),
         TimePart("units handed out", (min(candidates, run.shards) + units) * figures.POOL_ITEM),

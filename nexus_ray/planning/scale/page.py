@@ -41,7 +41,7 @@ _TARGETS: dict[str, dict[str, object]] = {
     "`hidden`, bfloat16": {"targets.mode": "hidden"},
 }
 Runs = dict[tuple[int, int], Outcome]
-_MARKER = re.compile(r"(<!-- begin (?P<name>[a-z0-9-]+) -->\n).*?(\n?<!-- end (?P=name) -->)", re.DOTALL)
+_MARKER = re.compile(r"(<!-- begin (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
 
 
 def page_tables(configs: Path) -> dict[str, str]:
@@ -68,7 +68,7 @@ def with_tables(page: str, tables: dict[str, str]) -> str:
     names = {match["name"] for match in _MARKER.finditer(page)}
     if names != set(tables):
         raise ValueError(f"markers and tables differ: {sorted(names ^ set(tables))}")
-    return _MARKER.sub(lambda match: f"{match[1]}{tables[match['name']]}{match[3]}", page)
+    return _MARKER.sub(lambda match: f"{match[1]}{tables[match['name']]}\n{match[3]}", page)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
