@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_ray.cluster import bundle, find_place
+from nexus_ray.cluster.nodes import Node, alive_nodes, room
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
 from nexus_ray.storage import make_directory, read_json, write_json
@@ -58,7 +59,7 @@ def run_distributed(
         _guarded(loop, error_file),
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
-            num_workers=_workers(resources),  # type: ignore[arg-type]  # Ray's annotation is of its first version
+            num_workers=_workers(resources, selector, alive_nodes()),  # type: ignore[arg-type]  # Ray's annotation is of its first version
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=bundle(resources),
             placement_strategy=resources.placement or "PACK",
@@ -111,10 +112,25 @@ def _guarded(loop: Callable[[dict[str, Any]], None], error_file: Path) -> Callab
     return run
 
 
-def _workers(resources: ResourcesSection) -> int | tuple[int, int]:
-    """How many workers, or the fewest and the most."""
-    fewest = resources.min_workers
-    return resources.workers if fewest in (None, resources.workers) else (fewest, resources.workers)
+def _workers(resources: ResourcesSection, selector: dict[str, str], nodes: Sequence[Node]) -> int | tuple[int, int]:
+    """How many workers, or the fewest and the most.
+
+    Where Ray Train may choose, it counts what the head has too, although no worker may be there, and would wait for
+    ever for the one that is too many. Then it has no choice: as many as the other nodes have room for.
+    """
+    fewest, request = resources.min_workers, bundle(resources)
+    if fewest in (None, resources.workers):
+        return resources.workers
+    if not (selector and any(node.is_head and node.holds(request) for node in nodes)):
+        return fewest, resources.workers
+    others = room(request, [node for node in nodes if not node.is_head])
+    number = min(max(fewest, others), resources.workers)
+    logger.warning(
+        "training: %d workers from beginning to end: it can shrink and grow only where the head has nothing that a "
+        "worker needs (ray start --head --num-cpus=0), or with resources.use_head=true",
+        number,
+    )
+    return number
 
 
 def world() -> tuple[int, int]:
