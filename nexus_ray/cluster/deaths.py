@@ -21,7 +21,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(sign in text for sign in _OUT_OF_MEMORY_WORDS)
 
 
-def alive_nodes() -> dict[str, dict[str, float]]:
+def what_nodes_have() -> dict[str, dict[str, float]]:
     """What each node that is there has in all, by its id."""
     import ray
 
@@ -40,7 +40,7 @@ def lost_since(before: Mapping[str, object], patience: float = NOTICED_SECONDS) 
     """
     deadline = time.monotonic() + (patience if len(before) > 1 else 0)
     while True:
-        lost = set(before) - set(alive_nodes())
+        lost = set(before) - set(what_nodes_have())
         if lost or time.monotonic() >= deadline:
             return lost
         time.sleep(0.5)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from nexus_ray.cluster.deaths import OUT_OF_MEMORY_HINT, alive_nodes, dead_workers, places
+from nexus_ray.cluster.deaths import OUT_OF_MEMORY_HINT, dead_workers, places, what_nodes_have
 from nexus_ray.errors import NexusError
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Patience(threading.Thread):
 
     def _without_place(self) -> NexusError | None:
         """The verdict on the nodes that are there."""
-        self._nodes, now = alive_nodes(), time.monotonic()
+        self._nodes, now = what_nodes_have(), time.monotonic()
         held = places(self.request, self._nodes)
         if held >= self.workers:
             self._waiting_since, self._told = None, 0.0

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from nexus_ray import worker_log
 from nexus_ray.cluster import begin_as_worker, bundle, find_place, needs
-from nexus_ray.cluster.deaths import alive_nodes, lost_since, seconds_to_notice
+from nexus_ray.cluster.deaths import lost_since, seconds_to_notice, what_nodes_have
+from nexus_ray.cluster.nodes import Node, alive_nodes, room
 from nexus_ray.cluster.patience import patience
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError
@@ -99,7 +100,8 @@ def _trainer(
         _guarded(loop, messages, origin()),
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
-            num_workers=_workers(resources),  # type: ignore[arg-type]  # Ray's annotation is of its first version
+            # The annotation is of Ray's first version.
+            num_workers=_workers(resources, selector, alive_nodes()),  # type: ignore[arg-type]
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=bundle(resources),
             placement_strategy=resources.placement or "PACK",
@@ -124,7 +126,7 @@ def _attempt(trainer: Any, messages: Messages, attempts: Attempts, checkpoints: 
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError
 
-    before = alive_nodes()
+    before = what_nodes_have()
     try:
         trainer.fit()
     except SystemExit as error:  # how Ray Train answers Ctrl-C, after stopping its workers
@@ -215,10 +217,25 @@ def checkpoint_is_written() -> None:
         _messages.want_checkpoint(False)
 
 
-def _workers(resources: ResourcesSection) -> int | tuple[int, int]:
-    """How many workers, or the fewest and the most."""
-    fewest = resources.min_workers
-    return resources.workers if fewest in (None, resources.workers) else (fewest, resources.workers)
+def _workers(resources: ResourcesSection, selector: dict[str, str], nodes: Sequence[Node]) -> int | tuple[int, int]:
+    """How many workers, or the fewest and the most.
+
+    Where Ray Train may choose, it counts what the head has too, although no worker may be there, and would wait for
+    ever for the one that is too many. Then it has no choice: as many as the other nodes have room for.
+    """
+    fewest, request = resources.min_workers, bundle(resources)
+    if fewest in (None, resources.workers):
+        return resources.workers
+    if not (selector and any(node.is_head and node.holds(request) for node in nodes)):
+        return fewest, resources.workers
+    others = room(request, [node for node in nodes if not node.is_head])
+    number = min(max(fewest, others), resources.workers)
+    logger.warning(
+        "training: %d workers from beginning to end: it can shrink and grow only where the head has nothing that a "
+        "worker needs (ray start --head --num-cpus=0), or with resources.use_head=true",
+        number,
+    )
+    return number
 
 
 def world() -> tuple[int, int]:

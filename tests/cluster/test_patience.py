@@ -28,7 +28,7 @@ class Cluster:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     found = Cluster()
     for module in (deaths, patience):
-        monkeypatch.setattr(module, "alive_nodes", lambda: dict(found.nodes))
+        monkeypatch.setattr(module, "what_nodes_have", lambda: dict(found.nodes))
         monkeypatch.setattr(module, "dead_workers", lambda: dict(found.dead))
     monkeypatch.setattr(patience, "_LOOK_SECONDS", 0.01)
     return found

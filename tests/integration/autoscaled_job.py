@@ -17,16 +17,21 @@ from nexus_ray.console import setup_logging
 from nexus_ray.pipeline import run_pipeline
 from nexus_ray.router import collect
 
-_IDLE_SECONDS = 240
+_NODES = 2
+_COMING_SECONDS, _IDLE_SECONDS = 240, 240
 
 
 class Unhurried(collect.StatisticsCollector):
-    """Takes long enough over its units for a second node to come, and leaves word of where it is."""
+    """Leaves word of where it is, and goes on when there is another one: so there is work left when that one comes."""
 
     def __call__(self, row):
         """Process one `Unit`."""
-        time.sleep(0.5)
-        (self.config.run.directory / f"node-{ray.get_runtime_context().get_node_id()}").touch()
+        directory = self.config.run.directory
+        here = directory / f"node-{ray.get_runtime_context().get_node_id()}"
+        here.touch()
+        deadline = time.monotonic() + _COMING_SECONDS
+        while len(list(directory.glob("node-*"))) < _NODES and time.monotonic() < deadline:
+            time.sleep(0.2)
         return super().__call__(row)
 
 
