@@ -106,3 +106,14 @@ def test_the_command_prints_placement_and_cost(
 def test_unknown_hardware_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["plan", str(ROOT / "configs" / "demo.yaml"), "--hardware", "abacusx8"]) == 2
     assert "plan.hardware='abacusx8' is no known GPU" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_what_the_text_says_of_a_small_run_is_in_its_table(tables: dict[str, str]) -> None:
+    said = re.search(
+        r"take ([\d.]+) minutes on 64 GPUs and ([\d.]+) on eight, at ([\d.]+) times", " ".join(PAGE.split())
+    )
+    assert said
+    cells = tables["run-gpt-oss-120b"].splitlines()[2].split(" | ")
+    (eight, money), (many, more) = (re.findall(r"^([\d.]+) min.*\$([\d.]+)$", cell)[0] for cell in cells[2:4])
+    assert (said[1], said[2]) == (many, eight)
+    assert float(said[3]) == pytest.approx(float(more) / float(money), abs=0.05)

@@ -70,7 +70,7 @@ BOTTLENECKS = (
         _teaching_part("records and manifest"),
     ),
     Bottleneck(
-        "the same in an object store: a request a record",
+        "records of shards in an object store, a request each, one after the other",
         "`targets/writing/shard_store.py`",
         lambda run: run.shards * figures.STORE_REQUEST,
     ),

@@ -1,7 +1,7 @@
 """The per-unit figures of the scale model, each with what it is: measured here, exact, published elsewhere, assumed.
 
-What was measured here is the best of seven runs on two cores of a virtual machine; other work kept it busy, and the
-worst runs took up to four times as long.
+What was measured here is the best of eight runs on two cores of a virtual machine: other work kept it busy during most
+of them, and the worst took ten times as long.
 """
 
 from __future__ import annotations
@@ -81,19 +81,19 @@ SERVE_START = _figure("starting Ray Serve and the service, model aside", 15, "s"
 LOAD = _figure("reading weights from a node's disk", 2, "GB/s", "assumed", "one NVMe disk", _GB)
 
 # The driver.
-HASH = _figure("SHA-256 of local text, a shard at a time", 290, "MB/s", "measured here", _LIMITS, _MB)
-LIST_SHARD = _figure("listing and naming a shard of text", 0.16, "ms", "measured here", _LIMITS, 1e-3)
-RECORD_FILE = _figure("record and manifest entry of a file of targets", 6.2, "ms", "measured here", _LIMITS, 1e-3)
-OPEN_FILE = _figure("opening a target set, a file", 0.28, "ms", "measured here", _LIMITS, 1e-3)
+HASH = _figure("SHA-256 of local text, a shard at a time", 1500, "MB/s", "measured here", _LIMITS, _MB)
+LIST_SHARD = _figure("listing and naming a shard of text", 0.04, "ms", "measured here", _LIMITS, 1e-3)
+RECORD_FILE = _figure("record and manifest entry of a file of targets", 5.6, "ms", "measured here", _LIMITS, 1e-3)
+OPEN_FILE = _figure("opening a target set, a file", 0.2, "ms", "measured here", _LIMITS, 1e-3)
 MANIFEST_FILE = _figure("manifest entry of a file of 39 MB", 1656, "bytes", "measured here", _LIMITS)
 OPEN_MEMORY = _figure("memory of an open target set, a file", 4.5, "kB", "measured here", _LIMITS, 1e3)
 ORDER = _figure("shuffling an epoch, a sequence", 0.23, "us", "measured here", _LIMITS, 1e-6)
 SHUFFLES = _figure("shuffles of each source in a step", 3, "times", "exact", "`training/feeding/feed.py`, `task.py`")
 MERGE = _figure("reading and merging a unit's moments, a byte", 1.7, "ns", "measured here", _LIMITS, 1e-9)
-TOKENISE = _figure("tokenising and packing text, a core", 0.13, "M tokens/s", "measured here", _LIMITS, _MILLION)
+TOKENISE = _figure("tokenising and packing text, a core", 0.9, "M tokens/s", "measured here", _LIMITS, _MILLION)
 CHECKPOINT = _figure("writing a checkpoint with its checksum", 119, "MB/s", "measured here", _LIMITS, _MB)
-SELECT = _figure("drawing and reporting a selection, a layer", 0.59, "s", "measured here", _LIMITS)
-RANK = _figure("ranking experts, a layer and expert^2", 0.045, "ms", "measured here", f"{_LIMITS}, 120B shape", 1e-3)
+SELECT = _figure("drawing and reporting a selection, a layer", 0.1, "s", "measured here", _LIMITS)
+RANK = _figure("ranking experts, a layer and expert^2", 0.0104, "ms", "measured here", f"{_LIMITS}, 120B shape", 1e-3)
 AVERAGE = _figure(
     "averaging one expert of 24.9 million weights", 0.05, "s", "measured here", "`benchmarks/convert_true_shape.py`"
 )
