@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,8 +18,9 @@ import psutil
 
 from nexus_ray.config import STAGES
 from nexus_ray.layout import RunLayout
+from nexus_ray.training.watching.metrics import read_metrics
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("nexus_ray.chaos")
 _OBJECT_STORE_BYTES = 100 * 2**20
 _NODE_PATIENCE_SECONDS = 300  # until a new node has joined
 _IDLE = "IDLE"
@@ -42,7 +42,8 @@ class Nodes:
 
         self._cpus = cpus
         head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": str(scratch)}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head | _STORE)
+        # Without hooks for the end of this process: they would be handlers of signals, which threads cannot set.
+        self._cluster = Cluster(initialize_head=True, head_node_args=head | _STORE, shutdown_at_exit=False)
         self._lock = threading.Lock()
         for _ in range(count):
             self.add()
@@ -134,21 +135,23 @@ class Kill:
     Attributes:
         stage: in which it happens.
         kind: "node", "process" or "driver".
-        after: seconds after the stage has started.
+        share: of the stage's work that must be done before.
+        pause: seconds from then on.
     """
 
     stage: str
     kind: str
-    after: float
+    share: float
+    pause: float
 
 
-def draw_kills(seconds: dict[str, float], counts: Mapping[str, int], choose: random.Random) -> list[Kill]:
-    """So many kills of each kind at random moments within each stage, which takes so many `seconds` undisturbed."""
+def draw_kills(stages: Sequence[str], counts: Mapping[str, int], choose: random.Random) -> list[Kill]:
+    """So many kills of each kind at random moments within each stage, in their order."""
     kills = []
-    for stage in seconds:
+    for stage in stages:
         kinds = [kind for kind, count in counts.items() for _ in range(count)]
-        kills += [Kill(stage, kind, choose.uniform(0.05, 0.9) * seconds[stage]) for kind in kinds]
-    return sorted(kills, key=lambda kill: (STAGES.index(kill.stage), kill.after))
+        kills += [Kill(stage, kind, choose.uniform(0, 0.8), choose.uniform(0, 3)) for kind in kinds]
+    return sorted(kills, key=lambda kill: (STAGES.index(kill.stage), kill.share))
 
 
 def stage_now(layout: RunLayout) -> str | None:
@@ -159,6 +162,44 @@ def stage_now(layout: RunLayout) -> str | None:
     return None
 
 
+def work_done(layout: RunLayout, stage: str) -> int:
+    """How much of a stage is done: units of statistics, shards of targets, steps; of an evaluation nobody can tell."""
+    if stage == "collect":
+        return len(list(layout.directory.glob("router_stats.partial/unit-*.safetensors")))
+    if stage == "precompute":
+        return len(list(layout.targets.glob("*.parquet")))
+    if stage == "train":
+        return max((int(record["step"]) + 1 for record in read_metrics(layout.metrics)), default=0)
+    return 0
+
+
+class Progress(threading.Thread):
+    """Notes the most that was done of each stage.
+
+    Args:
+        layout: of the run.
+    """
+
+    def __init__(self, layout: RunLayout) -> None:
+        super().__init__(daemon=True)
+        self.most: dict[str, int] = {}
+        self._layout = layout
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """Look now and then."""
+        while not self._ended.wait(0.1):
+            stage = stage_now(self._layout)
+            if stage is not None:
+                self.most[stage] = max(self.most.get(stage, 0), work_done(self._layout, stage))
+
+    def end(self) -> dict[str, int]:
+        """Stop; the most of each stage."""
+        self._ended.set()
+        self.join()
+        return self.most
+
+
 @dataclass
 class Killer(threading.Thread):
     """Ends nodes and processes as planned, and puts a new node in a lost one's place after a while.
@@ -167,15 +208,17 @@ class Killer(threading.Thread):
         nodes: the cluster.
         layout: of the run.
         kills: what is to be done, in order.
+        work: how much there is to do in each stage.
         choose: who is hit, and when a new node comes.
         pause: seconds until a new node comes, fewest and most.
         driver: the process of the command, once it runs.
-        done: what has been done: stage, kind, what was hit, seconds after its stage started.
+        done: what has been done: stage, kind, what was hit.
     """
 
     nodes: Nodes
     layout: RunLayout
     kills: Sequence[Kill]
+    work: Mapping[str, int]
     choose: random.Random
     pause: tuple[float, float]
     driver: subprocess.Popen[bytes] | None = None
@@ -189,19 +232,23 @@ class Killer(threading.Thread):
     __hash__ = threading.Thread.__hash__
 
     def run(self) -> None:
-        started: dict[str, float] = {}
+        """Do what is planned, each as soon as so much of its stage is done."""
         waiting = list(self.kills)
-        while waiting and not self._ended.wait(0.05):
-            stage = stage_now(self.layout)
-            if stage is None:
+        while waiting and not self._ended.wait(0.02):
+            kill, stage = waiting[0], stage_now(self.layout)
+            if stage is None or STAGES.index(stage) < STAGES.index(kill.stage):
                 continue
-            began = started.setdefault(stage, time.monotonic())
-            due = [kill for kill in waiting if kill.stage == stage and time.monotonic() - began >= kill.after]
-            for kill in due[:1]:
-                victim = {"node": self._node, "process": self._process, "driver": self._driver}[kill.kind]()
-                if victim is not None:
-                    waiting.remove(kill)
-                    self._note(kill, victim, time.monotonic() - began)
+            if stage != kill.stage:  # it ended before
+                logger.warning("%s: ended before the %s was killed", kill.stage, kill.kind)
+                waiting.pop(0)
+            elif work_done(self.layout, stage) >= kill.share * self.work.get(stage, 0):
+                self._ended.wait(kill.pause)
+                if stage_now(self.layout) == stage and (victim := self._kill(kill.kind)) is not None:
+                    waiting.pop(0)
+                    self._note(kill, victim)
+
+    def _kill(self, kind: str) -> str | None:
+        return {"node": self._node, "process": self._process, "driver": self._driver}[kind]()
 
     def end(self) -> None:
         """Stop, after new nodes that are on their way have come."""
@@ -210,9 +257,10 @@ class Killer(threading.Thread):
         for thread in self._coming:
             thread.join()
 
-    def _note(self, kill: Kill, victim: str, after: float) -> None:
-        self.done.append({"stage": kill.stage, "kind": kill.kind, "victim": victim, "after_s": round(after, 1)})
-        logger.info("%s: killed %s %s after %.1f s", kill.stage, kill.kind, victim, after)
+    def _note(self, kill: Kill, victim: str) -> None:
+        done, work = work_done(self.layout, kill.stage), self.work.get(kill.stage, 0)
+        self.done.append({"stage": kill.stage, "kind": kill.kind, "victim": victim})
+        logger.info("%s: killed %s %s when %d of %d were done", kill.stage, kill.kind, victim, done, work)
 
     def _node(self) -> str | None:
         victim = self.nodes.kill_one(self.choose)
