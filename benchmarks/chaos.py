@@ -25,7 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _chaos import Census, Killer, Nodes, Progress, cluster, draw_kills
+from _chaos import Killer, Progress, draw_kills
+from _chaos_nodes import Census, Nodes, cluster
 from _common import command_line, print_result
 
 from nexus_ray.errors import NexusError
