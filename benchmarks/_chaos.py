@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine whose nodes and workers are ended at random moments."""
+"""Ending nodes and workers of a run at random moments."""
 
 from __future__ import annotations
 
@@ -7,124 +7,18 @@ import random
 import signal
 import subprocess
 import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
+from _chaos_nodes import WORKERS, Nodes
 
 from nexus_ray.config import STAGES
 from nexus_ray.layout import RunLayout
+from nexus_ray.training.watching.metrics import read_metrics
 
-logger = logging.getLogger(__name__)
-_OBJECT_STORE_BYTES = 100 * 2**20
-_NODE_PATIENCE_SECONDS = 300  # until a new node has joined
-_IDLE = "IDLE"
-# What works for a stage; other actors of Ray only keep count of them.
-_WORKERS = ("MapWorker", "RayTrainWorker", "TrainController")
-
-
-class Nodes:
-    """A head without CPUs and worker nodes, each a raylet of its own.
-
-    Args:
-        count: of worker nodes.
-        cpus: of each.
-        scratch: directory of Ray's session; short, for the paths of sockets are.
-    """
-
-    def __init__(self, count: int, cpus: int, scratch: Path) -> None:
-        from ray.cluster_utils import Cluster
-
-        self._cpus = cpus
-        head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": str(scratch)}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head | _STORE)
-        self._lock = threading.Lock()
-        for _ in range(count):
-            self.add()
-
-    @property
-    def address(self) -> str:
-        """For RAY_ADDRESS."""
-        return str(self._cluster.address)
-
-    def add(self) -> None:
-        """Start another worker node."""
-        with self._lock:
-            node = self._cluster.add_node(num_cpus=self._cpus, wait=False, **_STORE)
-            self._cluster._wait_for_node(node, timeout=_NODE_PATIENCE_SECONDS)
-
-    def kill_one(self, choose: random.Random) -> str | None:
-        """End a worker node's raylet by SIGKILL, which takes its workers; says which, None when there is none."""
-        with self._lock:
-            nodes = sorted(self._cluster.worker_nodes, key=lambda node: str(node.unique_id))
-            if not nodes:
-                return None
-            victim = choose.choice(nodes)
-            self._cluster.remove_node(victim, allow_graceful=False)
-            return str(victim.unique_id)[:8]
-
-    def actors(self) -> list[tuple[str, psutil.Process]]:
-        """(class, process) of every actor on these nodes; Ray writes what a worker runs in its title."""
-        found = []
-        for node in list(self._cluster.list_all_nodes()):
-            for raylet in node.all_processes.get("raylet", ()):
-                found += _actors_of(raylet.process.pid)
-        return found
-
-    def close(self) -> None:
-        """End all nodes."""
-        with self._lock:
-            self._cluster.shutdown()
-
-
-_STORE = {"object_store_memory": _OBJECT_STORE_BYTES}
-
-
-def _actors_of(raylet: int) -> list[tuple[str, psutil.Process]]:
-    found = []
-    with suppress(psutil.Error):
-        for process in psutil.Process(raylet).children():
-            with suppress(psutil.Error):
-                title = (process.cmdline() or [""])[0]
-                kind = title.removeprefix("ray::").split("(")[0].split(".")[0].split(":")[0]
-                if title.startswith("ray::") and kind != _IDLE:
-                    found.append((kind, process))
-    return found
-
-
-@contextmanager
-def cluster(count: int, cpus: int, scratch: Path) -> Iterator[Nodes]:
-    """A cluster for the block."""
-    nodes = Nodes(count, cpus, scratch)
-    try:
-        yield nodes
-    finally:
-        nodes.close()
-
-
-class Census(threading.Thread):
-    """Counts the processes that have worked for a stage, by the class of their actor."""
-
-    def __init__(self, nodes: Nodes) -> None:
-        super().__init__(daemon=True)
-        self._nodes = nodes
-        self._seen: set[tuple[str, int]] = set()
-        self._ended = threading.Event()
-
-    def run(self) -> None:
-        while not self._ended.wait(0.3):
-            self._seen |= {(kind, process.pid) for kind, process in self._nodes.actors() if kind in _WORKERS}
-
-    def end(self) -> dict[str, int]:
-        """Stop; processes by class."""
-        self._ended.set()
-        self.join()
-        return dict(Counter(kind for kind, _ in self._seen))
+logger = logging.getLogger("nexus_ray.chaos")
 
 
 @dataclass(frozen=True)
@@ -134,21 +28,23 @@ class Kill:
     Attributes:
         stage: in which it happens.
         kind: "node", "process" or "driver".
-        after: seconds after the stage has started.
+        share: of the stage's work that must be done before.
+        pause: seconds from then on.
     """
 
     stage: str
     kind: str
-    after: float
+    share: float
+    pause: float
 
 
-def draw_kills(seconds: dict[str, float], counts: Mapping[str, int], choose: random.Random) -> list[Kill]:
-    """So many kills of each kind at random moments within each stage, which takes so many `seconds` undisturbed."""
+def draw_kills(stages: Sequence[str], counts: Mapping[str, int], choose: random.Random) -> list[Kill]:
+    """So many kills of each kind at random moments within each stage, in their order."""
     kills = []
-    for stage in seconds:
+    for stage in stages:
         kinds = [kind for kind, count in counts.items() for _ in range(count)]
-        kills += [Kill(stage, kind, choose.uniform(0.05, 0.9) * seconds[stage]) for kind in kinds]
-    return sorted(kills, key=lambda kill: (STAGES.index(kill.stage), kill.after))
+        kills += [Kill(stage, kind, choose.uniform(0, 0.8), choose.uniform(0, 3)) for kind in kinds]
+    return sorted(kills, key=lambda kill: (STAGES.index(kill.stage), kill.share))
 
 
 def stage_now(layout: RunLayout) -> str | None:
@@ -159,6 +55,44 @@ def stage_now(layout: RunLayout) -> str | None:
     return None
 
 
+def work_done(layout: RunLayout, stage: str) -> int:
+    """How much of a stage is done: units of statistics, shards of targets, steps; of an evaluation nobody can tell."""
+    if stage == "collect":
+        return len(list(layout.directory.glob("router_stats.partial/unit-*.safetensors")))
+    if stage == "precompute":
+        return len(list(layout.targets.glob("*.parquet")))
+    if stage == "train":
+        return max((int(record["step"]) + 1 for record in read_metrics(layout.metrics)), default=0)
+    return 0
+
+
+class Progress(threading.Thread):
+    """Notes the most that was done of each stage.
+
+    Args:
+        layout: of the run.
+    """
+
+    def __init__(self, layout: RunLayout) -> None:
+        super().__init__(daemon=True)
+        self.most: dict[str, int] = {}
+        self._layout = layout
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """Look now and then."""
+        while not self._ended.wait(0.1):
+            stage = stage_now(self._layout)
+            if stage is not None:
+                self.most[stage] = max(self.most.get(stage, 0), work_done(self._layout, stage))
+
+    def end(self) -> dict[str, int]:
+        """Stop; the most of each stage."""
+        self._ended.set()
+        self.join()
+        return self.most
+
+
 @dataclass
 class Killer(threading.Thread):
     """Ends nodes and processes as planned, and puts a new node in a lost one's place after a while.
@@ -167,15 +101,17 @@ class Killer(threading.Thread):
         nodes: the cluster.
         layout: of the run.
         kills: what is to be done, in order.
+        work: how much there is to do in each stage.
         choose: who is hit, and when a new node comes.
         pause: seconds until a new node comes, fewest and most.
         driver: the process of the command, once it runs.
-        done: what has been done: stage, kind, what was hit, seconds after its stage started.
+        done: what has been done: stage, kind, what was hit.
     """
 
     nodes: Nodes
     layout: RunLayout
     kills: Sequence[Kill]
+    work: Mapping[str, int]
     choose: random.Random
     pause: tuple[float, float]
     driver: subprocess.Popen[bytes] | None = None
@@ -189,19 +125,23 @@ class Killer(threading.Thread):
     __hash__ = threading.Thread.__hash__
 
     def run(self) -> None:
-        started: dict[str, float] = {}
+        """Do what is planned, each as soon as so much of its stage is done."""
         waiting = list(self.kills)
-        while waiting and not self._ended.wait(0.05):
-            stage = stage_now(self.layout)
-            if stage is None:
+        while waiting and not self._ended.wait(0.02):
+            kill, stage = waiting[0], stage_now(self.layout)
+            if stage is None or STAGES.index(stage) < STAGES.index(kill.stage):
                 continue
-            began = started.setdefault(stage, time.monotonic())
-            due = [kill for kill in waiting if kill.stage == stage and time.monotonic() - began >= kill.after]
-            for kill in due[:1]:
-                victim = {"node": self._node, "process": self._process, "driver": self._driver}[kill.kind]()
-                if victim is not None:
-                    waiting.remove(kill)
-                    self._note(kill, victim, time.monotonic() - began)
+            if stage != kill.stage:  # it ended before
+                logger.warning("%s: ended before the %s was killed", kill.stage, kill.kind)
+                waiting.pop(0)
+            elif work_done(self.layout, stage) >= kill.share * self.work.get(stage, 0):
+                self._ended.wait(kill.pause)
+                if stage_now(self.layout) == stage and (victim := self._kill(kill.kind)) is not None:
+                    waiting.pop(0)
+                    self._note(kill, victim)
+
+    def _kill(self, kind: str) -> str | None:
+        return {"node": self._node, "process": self._process, "driver": self._driver}[kind]()
 
     def end(self) -> None:
         """Stop, after new nodes that are on their way have come."""
@@ -210,9 +150,10 @@ class Killer(threading.Thread):
         for thread in self._coming:
             thread.join()
 
-    def _note(self, kill: Kill, victim: str, after: float) -> None:
-        self.done.append({"stage": kill.stage, "kind": kill.kind, "victim": victim, "after_s": round(after, 1)})
-        logger.info("%s: killed %s %s after %.1f s", kill.stage, kill.kind, victim, after)
+    def _note(self, kill: Kill, victim: str) -> None:
+        done, work = work_done(self.layout, kill.stage), self.work.get(kill.stage, 0)
+        self.done.append({"stage": kill.stage, "kind": kill.kind, "victim": victim})
+        logger.info("%s: killed %s %s when %d of %d were done", kill.stage, kill.kind, victim, done, work)
 
     def _node(self) -> str | None:
         victim = self.nodes.kill_one(self.choose)
@@ -223,7 +164,7 @@ class Killer(threading.Thread):
     def _process(self) -> str | None:
         """End a worker of the stage, any of them."""
         workers = sorted(
-            ((kind, process) for kind, process in self.nodes.actors() if kind in _WORKERS), key=lambda one: one[1].pid
+            ((kind, process) for kind, process in self.nodes.actors() if kind in WORKERS), key=lambda one: one[1].pid
         )
         if not workers:
             return None

@@ -25,7 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _chaos import Census, Killer, Nodes, cluster, draw_kills
+from _chaos import Killer, Progress, draw_kills
+from _chaos_nodes import Census, Nodes, cluster
 from _common import command_line, print_result
 
 from nexus_ray.errors import NexusError
@@ -33,7 +34,7 @@ from nexus_ray.layout import RunLayout
 from nexus_ray.storage import digest, sha256_file
 from nexus_ray.training.watching.metrics import read_metrics
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("nexus_ray.chaos")
 ROOT = Path(__file__).parents[1]
 _DISTURBED = ("collect", "precompute", "train", "evaluate")  # the stages that use Ray
 # Enough to do in each stage to be hit several times, and no more: a work in small pieces, some minutes in all.
@@ -126,20 +127,21 @@ def tail(log: Path) -> str:
 def undisturbed(arguments: argparse.Namespace, folder: Path) -> tuple[RunLayout, dict[str, Any]]:
     """The run that nothing happens to."""
     layout = RunLayout(folder / "undisturbed")
+    progress = Progress(layout)
+    progress.start()
     with cluster(arguments.nodes, 1, arguments.scratch) as nodes:
-        return layout, watched(arguments, layout, nodes, folder / "undisturbed.log")
+        result = watched(arguments, layout, nodes, folder / "undisturbed.log")
+    return layout, result | {"work": progress.end()}
 
 
-def disturbed(
-    arguments: argparse.Namespace, folder: Path, seconds: dict[str, float]
-) -> tuple[RunLayout, dict[str, Any]]:
-    """The run whose nodes and workers are killed."""
+def disturbed(arguments: argparse.Namespace, folder: Path, work: dict[str, int]) -> tuple[RunLayout, dict[str, Any]]:
+    """The run whose nodes and workers are killed, each when so much `work` of a stage is done."""
     layout = RunLayout(folder / "disturbed")
     choose = random.Random(arguments.seed)
     counts = {"node": arguments.node_kills, "process": arguments.process_kills, "driver": arguments.driver_kills}
-    kills = draw_kills(seconds, counts, choose)
+    kills = draw_kills([stage for stage in _DISTURBED if stage in work], counts, choose)
     with cluster(arguments.nodes, 1, arguments.scratch) as nodes:
-        killer = Killer(nodes, layout, kills, choose, (arguments.pause, 3 * arguments.pause))
+        killer = Killer(nodes, layout, kills, work, choose, (arguments.pause, 3 * arguments.pause))
         killer.start()
         try:
             result = watched(arguments, layout, nodes, folder / "disturbed.log", killer)
@@ -175,7 +177,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         whole, quiet = undisturbed(arguments, folder)
         seconds = stage_seconds(whole, _DISTURBED)
         logger.info("undisturbed: %.0f s, by stage: %s", quiet["seconds"], seconds)
-        hit, noisy = disturbed(arguments, folder, seconds)
+        hit, noisy = disturbed(arguments, folder, quiet["work"])
         noisy_seconds, evaluated = stage_seconds(hit, _DISTURBED), arguments.until == "evaluate"
         expected, found = (digests(layout, evaluated=evaluated) for layout in (whole, hit))
     same = {name: found[name] == expected[name] for name in expected}

@@ -63,6 +63,8 @@ def _was_started_again() -> bool:
     """Whether this process is an actor that takes the place of one that died."""
     import ray
 
+    if not ray.is_initialized():  # asking would start it
+        return False
     try:
         return bool(ray.get_runtime_context().was_current_actor_reconstructed)
     except Exception:  # no actor, or its record cannot be had now: watching never ends the work that is watched
