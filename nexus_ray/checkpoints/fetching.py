@@ -22,6 +22,7 @@ from upath import UPath
 from nexus_ray.checkpoints.byte_files import read_range
 from nexus_ray.checkpoints.remote_model import StoredFile
 from nexus_ray.errors import ModelError
+from nexus_ray.observing.metrics import add
 
 PIECE_BYTES = 16 * 2**20
 CONNECTIONS = 8
@@ -67,7 +68,9 @@ def fetch(source: UPath, file: StoredFile, partial: Path, advance: Callable[[int
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch") as pool:
             try:
                 for done in as_completed([pool.submit(fetch_piece, piece) for piece in journal.missing()]):
-                    advance(done.result())
+                    count = done.result()
+                    advance(count)
+                    add("nexus_ray_cache_fetched_bytes", count)
             except BaseException:
                 stop.set()
                 raise
