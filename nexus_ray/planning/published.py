@@ -16,7 +16,7 @@ from nexus_ray.checkpoints.header import TensorSpec
 from nexus_ray.checkpoints.reader import read_model_config
 from nexus_ray.errors import ModelError
 from nexus_ray.planning.sizes import ModelSizes, read_sizes, sizes_of
-from nexus_ray.storage import Place, exists
+from nexus_ray.storage import Place, exists, is_remote
 
 _BLOCK, _BLOCK_BYTES = 32, 16  # values of an MXFP4 block, and their bytes
 PUBLISHED = "the published configuration"
@@ -52,11 +52,14 @@ def model_sizes(path: Place) -> ModelSizes:
         ModelError: it is damaged or of an unsupported family; or it is not there and its name is not that of a
             published model.
     """
-    name, here = published_name(path), exists(path / "config.json")
+    # An object store has no directories: there a model is where its configuration is.
+    name, here = published_name(path), exists(path / "config.json" if is_remote(path) else path)
     if not here and name is not None:
         config = CONFIGURATIONS[name]
         return sizes_of(config, gpt_oss_specs(config), path=path, origin=f"{PUBLISHED} of {name}")
-    if here and not any(exists(path / name) for name in ("model.safetensors", "model.safetensors.index.json")):
+    if exists(path / "config.json") and not any(
+        exists(path / name) for name in ("model.safetensors", "model.safetensors.index.json")
+    ):
         config = read_model_config(path)
         if config.get("model_type") == "gpt_oss" and not config.get("tie_word_embeddings"):
             return sizes_of(config, _complete(config, path), path=path, origin=CONFIGURATION)

@@ -183,7 +183,7 @@ class Worker:
 
 def dtype_of(config: Config) -> torch.dtype:
     """Of the model's computation."""
-    return dtype_of(config)
+    return _DTYPES[config.compute_dtype]
 
 
 def _worst(phases: tuple[Phase, ...]) -> int:
