@@ -128,7 +128,7 @@ def test_signs_of_life_say_how_long_a_command_lived_that_could_not_say_it(
         killed = read_events(tmp_path)
     assert killed[-1]["event"] == "alive"
     [told] = tell(killed)
-    assert told.seconds == killed[-1]["offset"] > 0
+    assert told.seconds >= killed[-1]["offset"] > 0
 
 
 def test_events_jsonl_is_there_when_a_stage_has_ended(tmp_path: Path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ from nexus_ray.selection.record import NOISE
 from nexus_ray.selection.report.advice import layer_numbers, next_steps
 from nexus_ray.selection.report.report import write_report
 from nexus_ray.selection.stability import Stability
-from nexus_ray.stages import BY_NAME
+from nexus_ray.stages import select_and_report
 
 
 @pytest.mark.parametrize(("layers", "experts", "count"), SIZES)
@@ -196,7 +195,7 @@ def test_a_figure_that_cannot_be_drawn_does_not_cost_the_report(
     if fails:
         monkeypatch.setattr("nexus_ray.selection.figures.selection_figures.plot_selection", refuse)
     with pytest.raises(StorageError) if fails else nullcontext():
-        BY_NAME["select"].run(SimpleNamespace(config=None, layout=layout), "recipe")
+        select_and_report(None, layout)
     assert layout.selection_report.read_text().startswith("# Expert selection")
     assert ("![" in layout.selection_report.read_text()) != fails
 
