@@ -197,6 +197,7 @@ def test_stage_without_its_inputs_says_which_to_run(make_micro_config: MakeConfi
         run_single_stage(make_micro_config(tmp_path / "empty"), "select")
 
 
+@pytest.mark.slow
 def test_online_training_one_worker_agrees_with_two(
     finished: Config, make_micro_config: MakeConfig, tmp_path: Path
 ) -> None:

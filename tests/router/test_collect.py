@@ -225,6 +225,7 @@ def test_one_two_and_four_workers_give_the_same_bytes(micro_config, tmp_path, ra
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # the pool that grows in test_autoscaling.py has its bytes compared too
 def test_a_pool_that_grows_gives_the_same_bytes(micro_config, tmp_path, ray_session):
     found = set()
     for name, least in (("fixed", 2), ("growing", 1)):
