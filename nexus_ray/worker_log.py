@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 _MARK = ":nexus-ray:"
 _LISTENER = "nexus_ray"
 _OURS = ("nexus_ray", "serve")
+_CORE_NOTICE = re.compile(r"\[[-\d]+ [:,\d]+ [DIW] \d+ \d+\] ")  # how a line of Ray's C++ core begins, errors aside
 _ON_PURPOSE = ("was killed by `ray.kill`", "driver has exited", "owner has died")
 _AGAIN_AFTER_SECONDS = 60.0  # until then the same words of another worker are not repeated
 
@@ -122,7 +124,9 @@ class Listener:
                 printer({**data, "lines": others})
 
     def _report(self, event: str) -> None:
-        """Tell what a node reports, unless it is what ended on purpose."""
+        """Tell what a node reports, unless it is what ended on purpose or a notice that no user can act on."""
+        if _CORE_NOTICE.match(event):
+            return
         if not any(words in event for words in _ON_PURPOSE) and not self._has_been_told(logging.WARNING, event):
             logger.warning("cluster: %s", event)
 

@@ -99,6 +99,7 @@ def test_a_worker_that_died_is_told_and_one_that_was_ended_is_not(log):
     events = [
         "Task collect failed. There are 3 retries remaining. Error: The actor died unexpectedly: killed by SIGKILL",
         "Task collect failed, to be retried. Error: The actor is dead because it was killed by `ray.kill`.",
+        "[2026-11-22 21:45:02,347 I 20316 20316] logging.cc:303: Set ray log level from environment variable",
     ]
     Listener(no_events)(brought_by_ray(events, "raylet"))
     assert [record.message for record in log.records] == [f"cluster: {events[0]}"]
