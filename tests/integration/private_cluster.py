@@ -21,6 +21,7 @@ from killed_commands import PATIENCE_SECONDS, kill_with_everything_it_started
 
 ROOT = Path(__file__).parents[2]
 _ATTEMPTS = 3  # Ray gives its own processes 30 seconds to start, which a busy machine may not
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
@@ -62,6 +63,8 @@ class PrivateCluster:
         removed = ("RAY_ADDRESS", "PYTHONPATH")  # workers must find the code by themselves
         self.environment = {name: value for name, value in os.environ.items() if name not in removed}
         self.environment |= {"RAY_AUTH_MODE": "disabled", "RAY_API_SERVER_ADDRESS": self.url}
+        # A job's `python` is the first on the cluster's path, and the tests may run without that of their environment.
+        self.environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         # On a machine that is busy with other tests a node may not answer for a while; it is not lost.
         self.environment |= {"RAY_health_check_timeout_ms": "60000", "RAY_health_check_failure_threshold": "10"}
         command = [*RAY, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
@@ -107,11 +110,14 @@ class PrivateCluster:
     def log(self, job: str) -> list[str]:
         return str(self._get(f"/api/jobs/{job}/logs")["logs"]).splitlines()
 
+    def wait_for(self, job: str, met: Callable[[], Any], what: str) -> None:
+        """Wait for what a job does; one that ends without having done it is not waited for any longer."""
+        wait_until(lambda: met() or self.status(job) in _ENDED, what)
+        assert met(), f"in vain: {what}; the job {job}: {self.message(job)}; {self.log(job)}"
+
     def wait_for_end(self, job: str) -> str:
         """The status it ends with."""
-        return wait_until(
-            lambda: status if (status := self.status(job)) in ("SUCCEEDED", "FAILED", "STOPPED") else None, "an end"
-        )
+        return wait_until(lambda: status if (status := self.status(job)) in _ENDED else None, "an end")
 
     def processes(self, *titles: str) -> list[psutil.Process]:
         """Processes of the cluster whose command line has one of these words; Ray writes what a worker runs there."""

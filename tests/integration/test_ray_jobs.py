@@ -56,7 +56,7 @@ def test_a_stopped_job_continues_when_it_is_submitted_again_and_a_second_one_is_
     arguments = (path, "--until", "collect")
     with PrivateCluster() as cluster:
         first = cluster.submit("pipeline", *arguments)
-        wait_until(lambda: parts(layout) >= 3, "the first parts")
+        cluster.wait_for(first, lambda: parts(layout) >= 3, "the first parts")
         for worker in cluster.processes("MapWorker"):
             worker.suspend()  # the stage is in its middle, and stays there
         left = parts(layout)
@@ -117,7 +117,7 @@ def test_a_stopped_training_has_a_checkpoint_of_its_last_step_and_a_lost_cluster
     path, layout = training("run"), RunLayout(tmp_path / "run")
     with PrivateCluster() as cluster:
         job = cluster.submit("train", path)
-        wait_until(lambda: steps_taken(layout) >= 5, "the first steps")
+        cluster.wait_for(job, lambda: steps_taken(layout) >= 5, "the first steps")
         cluster.stop_at_once(job)
         assert cluster.wait_for_end(job) == "STOPPED"
         assert any(line.endswith("the checkpoint is written") for line in cluster.log(job)), cluster.log(job)
@@ -125,8 +125,8 @@ def test_a_stopped_training_has_a_checkpoint_of_its_last_step_and_a_lost_cluster
         assert 5 <= reached < _TRAINING["train.steps"]
         wait_until(lambda: not cluster.processes(*_WORKERS), "no worker and no driver stays behind")
 
-        cluster.submit("train", path)
-        wait_until(lambda: steps_taken(layout) >= reached + 5, "steps after the checkpoint")
+        again = cluster.submit("train", path)
+        cluster.wait_for(again, lambda: steps_taken(layout) >= reached + 5, "steps after the checkpoint")
     assert not layout.overlay.exists()
     with PrivateCluster() as cluster:  # the one before was killed, head and all
         job = cluster.submit("train", path)
@@ -151,8 +151,7 @@ def test_a_service_is_up_until_its_job_is_stopped(make_micro_config, micro_overl
     path, address = saved(config, tmp_path / "run.yaml"), f"http://127.0.0.1:{port}/healthz"
     with PrivateCluster() as cluster:
         job = cluster.submit("serve", path)
-        wait_until(lambda: answers(address) or cluster.status(job) == "FAILED", "the service answers")
-        assert cluster.status(job) == "RUNNING", cluster.log(job)
+        cluster.wait_for(job, lambda: answers(address), "the service answers")
         cluster.stop(job)
         assert cluster.status(job) == "STOPPED"
         wait_until(lambda: not cluster.processes("ServeReplica", "ServeController", "ProxyActor"), "Serve is gone")
