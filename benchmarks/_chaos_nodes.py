@@ -56,7 +56,7 @@ class Nodes:
                 return None
             victim = choose.choice(nodes)
             self._cluster.remove_node(victim, allow_graceful=False)
-            return str(victim.unique_id)[:8]
+            return str(victim.node_id)[:8]
 
     def actors(self) -> list[tuple[str, psutil.Process]]:
         """(class, process) of every actor on these nodes; Ray writes what a worker runs in its title."""

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 _DISTURBED = ("collect", "precompute", "train", "evaluate")  # the stages that use Ray
 # Enough to do in each stage to be hit several times, and no more: a work in small pieces, some minutes in all.
 _OVERRIDES = (
-    "collect.tokens=65536",
+    "collect.tokens=131072",
     "collect.candidates=4",
     "collect.unit_batches=1",
     "targets.max_tokens=98304",

@@ -1,12 +1,11 @@
-"""The stages of a run whose directory is in an object store that keeps failing: the same bytes as on a disk."""
+"""The whole pipeline of a run whose directory is in an object store that keeps failing: the same bytes as on a disk."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,64 +15,30 @@ from object_store import BUCKET, ObjectStore
 from nexus_ray.cli import run_command
 from nexus_ray.config import STAGES, Config
 from nexus_ray.pipeline import Run, run_pipeline
-from nexus_ray.router import candidates, collect
 from nexus_ray.storage import Place, is_remote, local_directory, place_of
-from nexus_ray.targets.writing import precompute
 
-UNTIL = "precompute"
 _TIMES = {"seconds", "finished"}  # of a stage, which its records and reports hold
-
-
-def here(worker: Any, arguments: Any, items: Any, *_: Any, **__: Any) -> Iterator[Any]:
-    """Workers of stages in this process."""
-    call = worker(**arguments) if items else None
-    for item in items:
-        yield call(item)
 
 
 Runs = tuple[Config, Config, int]
 
 
-@contextmanager
-def workers_here() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (candidates, collect, precompute):
-            patch.setattr(module, "map_over_pool", here)
-        yield
-
-
 @pytest.fixture(scope="module")
-def local(make_micro_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run on this disk, undisturbed."""
-    config = make_micro_config(tmp_path_factory.mktemp("runs") / "run")
-    with workers_here():
-        run_pipeline(config, last=UNTIL)
-    return config
-
-
-@pytest.fixture(scope="module", params=["workers here", pytest.param("workers of Ray", marks=pytest.mark.slow)])
-def runs(
-    request: pytest.FixtureRequest,
-    local: Config,
-    make_micro_config: Callable[..., Config],
-    _object_store: ObjectStore,
-) -> Runs:
+def runs(finished: Config, make_micro_config: Callable[..., Config], _object_store: ObjectStore) -> Runs:
     """Configurations of the run on this disk and of the same in the object store, and how often the store failed."""
-    with_ray = request.param == "workers of Ray"
-    if with_ray:
-        request.getfixturevalue("ray_session")
-    remote = make_micro_config(place_of(f"s3://{BUCKET}/runs-{int(with_ray)}/micro"))
-    with _object_store.refusing_every(9), nullcontext() if with_ray else workers_here():
-        run_pipeline(remote, last=UNTIL)
+    remote = make_micro_config(place_of(f"s3://{BUCKET}/runs/micro"))
+    with _object_store.refusing_every(9):
+        run_pipeline(remote)
     failed = _object_store.failed
     _object_store.heal()
-    return local, remote, failed
+    return finished, remote, failed
 
 
 def files_of(directory: Path) -> dict[str, Path]:
-    """But for those that tell when things happened."""
+    """But for those that tell when things happened, and where."""
     found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-    return {name: path for name, path in found.items() if not name.startswith("events")}
+    apart = ("events", "tensorboard/", "training/", "config.yaml", "checkpoints/kept.json", ".")
+    return {name: path for name, path in found.items() if not name.startswith(apart)}
 
 
 def without_times(value: Any) -> Any:
@@ -92,14 +57,24 @@ def test_every_artefact_has_the_bytes_that_it_has_on_a_disk(
     local, remote, _ = runs
     download(object_store, remote.run.directory, tmp_path)
     expected, found = files_of(Path(local.run.directory)), files_of(tmp_path)
-    assert set(found) == {name for name in expected if not name.startswith(".")}
+    assert set(found) == set(expected)
+    assert {"overlay/overlay.safetensors", "best/state.safetensors", "plots/training.png"} <= set(found)
     for name, path in found.items():
-        if name.endswith(".yaml") or name.startswith("stages/"):
-            continue  # they say where the run is, and when
-        if path.suffix == ".json":
+        if name == "report.json":
+            assert json.loads(path.read_text())["evaluation"] == json.loads(expected[name].read_text())["evaluation"]
+        elif name == "metrics.jsonl":
+            assert steps(path) == steps(expected[name])
+        elif path.suffix == ".json" and not name.startswith("stages/"):
             assert without_times(json.loads(path.read_text())) == without_times(json.loads(expected[name].read_text()))
-        else:
+        elif name != "report.md" and not name.startswith("stages/"):  # they say how long it took
             assert path.read_bytes() == expected[name].read_bytes(), name
+
+
+def steps(metrics: Path) -> list[tuple[Any, ...]]:
+    """But for checkpoints, which a store has later than a disk, while training goes on."""
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    told = ("event", "step", "loss", "sources", "gradient_norm", "router")
+    return [tuple(record.get(key) for key in told) for record in records if record["event"] != "checkpoint"]
 
 
 def prefix_of(directory: Place) -> str:
@@ -123,9 +98,9 @@ def download(store: ObjectStore, directory: Place, to: Path) -> None:
 def test_complete_stages_are_known_although_listings_lag(runs: Runs, object_store: ObjectStore) -> None:
     _, remote, _ = runs
     with object_store.empty_listings():
-        assert all(Run(remote).is_complete(name) for name in STAGES[: STAGES.index(UNTIL) + 1])
+        assert all(Run(remote).is_complete(name) for name in STAGES)
         object_store.requests.clear()
-        run_pipeline(remote, last=UNTIL)
+        run_pipeline(remote)
     written = {request.path for request in object_store.requests if request.method == "PUT"}
     assert all(path.endswith("/.lock") or "/events" in path for path in written)
 
