@@ -1,9 +1,11 @@
-"""What Ray knows of its nodes and workers: which nodes are there, what they can hold, and which workers have died."""
+"""What has died: nodes that are not there any more, and workers that ended untimely, for want of memory or not."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
+
+from nexus_ray.cluster.nodes import Node, alive_nodes
 
 NOTICED_SECONDS = 30.0  # within which Ray notices that a node is gone: 5 health checks, 3 s apart, and some more
 _SHUTDOWN_SECONDS = 10.0  # between the end of a worker and that of its node, where a node is shut down
@@ -21,36 +23,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(sign in text for sign in _OUT_OF_MEMORY_WORDS)
 
 
-def what_nodes_have() -> dict[str, dict[str, float]]:
-    """What each node that is there has in all, by its id."""
-    import ray
-
-    return {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
-
-
 def seconds_to_notice(error: BaseException) -> float:
     """How long it may take until a node is known to be lost whose loss has caused an error."""
     return _SHUTDOWN_SECONDS if any(words in str(error) for words in _NODE_LIVES_WORDS) else NOTICED_SECONDS
 
 
-def lost_since(before: Mapping[str, object], patience: float = NOTICED_SECONDS) -> set[str]:
-    """Nodes that were there `before` and are not any more.
+def lost_since(before: Iterable[Node], patience: float = NOTICED_SECONDS) -> set[str]:
+    """Ids of the nodes that were there `before` and are not any more.
 
     A worker of a lost node is missed sooner than the node itself: where there are others, it is waited for so long.
     """
-    deadline = time.monotonic() + (patience if len(before) > 1 else 0)
+    ids = {node.id for node in before}
+    deadline = time.monotonic() + (patience if len(ids) > 1 else 0)
     while True:
-        lost = set(before) - set(what_nodes_have())
+        lost = ids - {node.id for node in alive_nodes()}
         if lost or time.monotonic() >= deadline:
             return lost
         time.sleep(0.5)
-
-
-def places(request: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]]) -> int:
-    """How many workers that each need `request` the nodes could hold, if they did nothing else."""
-    return sum(
-        min((int(has.get(name, 0.0) / amount) for name, amount in request.items()), default=1) for has in nodes.values()
-    )
 
 
 def dead_workers() -> dict[bytes, bool]:

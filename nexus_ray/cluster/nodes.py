@@ -65,6 +65,11 @@ def room(request: Mapping[str, float], nodes: Iterable[Node]) -> int:
     return sum(node.holds(request) for node in nodes)
 
 
+def allowed(nodes: Iterable[Node], selector: Mapping[str, str]) -> list[Node]:
+    """The nodes that a label selector of `away_from_head` lets pass; all of them where it is empty."""
+    return [node for node in nodes if not (selector and node.is_head)]
+
+
 def away_from_head(nodes: Iterable[Node]) -> dict[str, str]:
     """The label selector of work that must not run on the head."""
     heads = [node.id for node in nodes if node.is_head]

@@ -9,7 +9,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from nexus_ray.cluster.deaths import OUT_OF_MEMORY_HINT, dead_workers, places, what_nodes_have
+from nexus_ray.cluster.deaths import OUT_OF_MEMORY_HINT, dead_workers
+from nexus_ray.cluster.nodes import alive_nodes, allowed, listed, room
+from nexus_ray.cluster.requests import bundle, in_words
+from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError
 
 logger = logging.getLogger(__name__)
@@ -23,20 +26,22 @@ class Patience(threading.Thread):
 
     Args:
         description: of the stage, for messages.
-        request: what each worker needs, as nodes name it (`CPU`, `GPU`, `memory`, ...).
+        resources: what each worker gets, and how long there may be no place for them.
         workers: how few of them the stage can do with.
-        minutes: how long there may be no place for those.
+        selector: label selector of the nodes they may be on, as `find_place` returns it.
     """
 
-    def __init__(self, description: str, request: Mapping[str, float], workers: int, minutes: float) -> None:
+    def __init__(
+        self, description: str, resources: ResourcesSection, workers: int, selector: Mapping[str, str]
+    ) -> None:
         super().__init__(daemon=True, name="patience")
         self.description = description
-        self.request = request
+        self.request = bundle(resources)
         self.workers = workers
-        self.minutes = minutes
+        self.selector = selector
+        self.minutes = resources.max_wait_minutes
         self.verdict: NexusError | None = None
         self._ended = threading.Event()
-        self._nodes: Mapping[str, Mapping[str, float]] = {}
         self._waiting_since: float | None = None
         self._told = 0.0
         self._most_deaths: int | None = None
@@ -63,14 +68,15 @@ class Patience(threading.Thread):
 
     def _without_place(self) -> NexusError | None:
         """The verdict on the nodes that are there."""
-        self._nodes, now = what_nodes_have(), time.monotonic()
-        held = places(self.request, self._nodes)
+        nodes, now = allowed(alive_nodes(), self.selector), time.monotonic()
+        held = room(self.request, nodes)
         if held >= self.workers:
             self._waiting_since, self._told = None, 0.0
             return None
         self._waiting_since = self._waiting_since or now
         waited = now - self._waiting_since
-        what = f"no place for {_needs(self.workers, self.request)}; the {len(self._nodes)} nodes could hold {held}"
+        there = f"could hold {held} ({listed(nodes)})" if nodes else "are gone"
+        what = f"no place for {_needs(self.workers, self.request)}; the nodes {there}"
         if waited >= self.minutes * 60:
             return NexusError(
                 f"{self.description}: for {self.minutes:g} minutes there was {what}",
@@ -106,13 +112,15 @@ class Patience(threading.Thread):
 
 
 @contextmanager
-def patience(description: str, request: Mapping[str, float], workers: int, minutes: float) -> Iterator[Patience]:
+def patience(
+    description: str, resources: ResourcesSection, workers: int, selector: Mapping[str, str]
+) -> Iterator[Patience]:
     """A `Patience` for the block; only the main thread can be interrupted, so elsewhere it does not look.
 
     Raises:
         NexusError: the wait was in vain; says for what.
     """
-    watch = Patience(description, request, workers, minutes)
+    watch = Patience(description, resources, workers, selector)
     if threading.current_thread() is not threading.main_thread():
         yield watch
         return
@@ -129,7 +137,7 @@ def patience(description: str, request: Mapping[str, float], workers: int, minut
 
 def _needs(workers: int, request: Mapping[str, float]) -> str:
     """What is waited for, in words."""
-    each = ", ".join(f"{amount:g} {name}" for name, amount in request.items()) or "nothing"
+    each = in_words(request) or "nothing"
     return f"{workers} workers of {each} each" if workers > 1 else f"a worker of {each}"
 
 

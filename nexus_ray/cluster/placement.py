@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from nexus_ray.cluster.autoscaler import Outlook, is_reporting, outlook
-from nexus_ray.cluster.nodes import Node, alive_nodes, away_from_head, room
+from nexus_ray.cluster.nodes import Node, alive_nodes, allowed, away_from_head, room
 from nexus_ray.cluster.requests import bundle, in_words
 from nexus_ray.cluster.session import ensure_ray, on_cluster
 from nexus_ray.cluster.shortage import no_place, waited_in_vain
@@ -125,18 +125,24 @@ class Search:
             begin = lacking_since = hopeless_since = self._clock()
             while not reserved.ready(_LOOK_SECONDS):
                 now, nodes = self._clock(), self._look()
-                allowed = [node for node in nodes if not (selector and node.is_head)]
-                if room(self.request, allowed) >= self.workers:
+                usable = allowed(nodes, selector)
+                if room(self.request, usable) >= self.workers:
                     lacking_since = hopeless_since = now
                     self._tell(now - begin, "the nodes that have it are busy")
                     continue
                 expected, reason = reserved.outlook()
                 hopeless_since = now if expected is Outlook.COMING else hopeless_since
                 is_late = now - hopeless_since >= _GRACE_SECONDS
-                if not allowed and room(self.request, nodes) >= self.workers and (is_late or expected is Outlook.NEVER):
+                if not usable and room(self.request, nodes) >= self.workers and (is_late or expected is Outlook.NEVER):
                     break
                 if is_late:
-                    raise no_place(self.what, self.request, self.workers, allowed, excluded=_excluded(nodes, selector))
+                    raise no_place(
+                        self.what,
+                        self.request,
+                        self.workers,
+                        usable,
+                        excluded=[node for node in nodes if node not in usable],
+                    )
                 if now - lacking_since >= self.resources.max_wait_minutes * 60:
                     raise waited_in_vain(self.what, self.request, self.workers, now - lacking_since, reason)
                 self._tell(now - begin, reason or expected.value)
@@ -179,11 +185,6 @@ class _Group:
 
     def outlook(self) -> tuple[Outlook, str]:
         return outlook(self._group.id.hex())
-
-
-def _excluded(nodes: Sequence[Node], selector: dict[str, str]) -> list[Node]:
-    """The nodes that a selector does not let pass."""
-    return [node for node in nodes if selector and node.is_head]
 
 
 def _long(seconds: float) -> str:

@@ -16,7 +16,7 @@ from nexus_ray.cluster.deaths import OUT_OF_MEMORY_HINT
 from nexus_ray.cluster.nodes import needs
 from nexus_ray.cluster.patience import patience
 from nexus_ray.cluster.placement import find_place
-from nexus_ray.cluster.requests import actor_options, bundle
+from nexus_ray.cluster.requests import actor_options
 from nexus_ray.cluster.session import begin_as_worker
 from nexus_ray.config import ResourcesSection
 from nexus_ray.console import progress
@@ -80,7 +80,7 @@ def map_over_pool(
     worker_log.expect_workers()
     with (
         watch,
-        patience(description, bundle(resources), 1, resources.max_wait_minutes) as patient,
+        patience(description, resources, 1, selector) as patient,
         progress(description, total, unit, about=bool(expected)) as advance,
         doing(lambda: worker_log.what_workers_do(needs(resources))),
     ):

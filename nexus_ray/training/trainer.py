@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nexus_ray import worker_log
 from nexus_ray.cluster import begin_as_worker, bundle, find_place, needs
-from nexus_ray.cluster.deaths import lost_since, seconds_to_notice, what_nodes_have
+from nexus_ray.cluster.deaths import lost_since, seconds_to_notice
 from nexus_ray.cluster.nodes import Node, alive_nodes, room
 from nexus_ray.cluster.patience import patience
 from nexus_ray.config import ResourcesSection
@@ -73,7 +73,7 @@ def run_distributed(
     with (
         following(messages.new_records, steps, "train"),
         doing(lambda: worker_log.what_workers_do(needs(resources))),
-        patience("training", bundle(resources), fewest, resources.max_wait_minutes),
+        patience("training", resources, fewest, selector),
         _ctrl_c_ours_again(),
         checkpoint_before_stopping(messages),
     ):
@@ -126,7 +126,7 @@ def _attempt(trainer: Any, messages: Messages, attempts: Attempts, checkpoints: 
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError
 
-    before = what_nodes_have()
+    before = alive_nodes()
     try:
         trainer.fit()
     except SystemExit as error:  # how Ray Train answers Ctrl-C, after stopping its workers

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from nexus_ray.cluster import deaths, patience
-from nexus_ray.cluster.deaths import lost_since, places, seconds_to_notice
+from nexus_ray.cluster.deaths import lost_since, seconds_to_notice
+from nexus_ray.cluster.nodes import Node
+from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError
-
-GIB = float(2**30)
 
 
 class Cluster:
@@ -23,12 +23,19 @@ class Cluster:
         self.nodes: dict[str, dict[str, float]] = {}
         self.dead: dict[bytes, bool] = {}
 
+    def alive(self) -> list[Node]:
+        return [Node(name, name, name == "head", has) for name, has in self.nodes.items()]
+
+
+def wanted(minutes: float, cpus: int = 1) -> ResourcesSection:
+    return ResourcesSection(cpus_per_worker=cpus, max_wait_minutes=minutes)
+
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     found = Cluster()
     for module in (deaths, patience):
-        monkeypatch.setattr(module, "what_nodes_have", lambda: dict(found.nodes))
+        monkeypatch.setattr(module, "alive_nodes", found.alive)
         monkeypatch.setattr(module, "dead_workers", lambda: dict(found.dead))
     monkeypatch.setattr(patience, "_LOOK_SECONDS", 0.01)
     return found
@@ -47,17 +54,9 @@ def wait_for_ever(after: Callable[[], object] = lambda: None) -> None:
     raise AssertionError("nobody interrupted it")
 
 
-def test_places_are_counted_by_what_is_scarcest_on_each_node() -> None:
-    there = {"a": {"CPU": 4.0, "memory": 10 * GIB}, "b": {"CPU": 1.0, "memory": 64 * GIB}, "head": {"memory": 8 * GIB}}
-    assert places({"CPU": 1.0}, there) == 5
-    assert places({"CPU": 1.0, "memory": 4 * GIB}, there) == 3
-    assert places({"CPU": 1.0, "GPU": 1.0}, there) == 0
-    assert places({"GPU": 0.5}, {"a": {"GPU": 2.0}}) == 4
-
-
 def test_a_node_that_is_noticed_late_counts_as_lost(cluster: Cluster) -> None:
-    before = {"head": {}, "worker": {}}
     cluster.nodes = {"head": {}, "worker": {}}
+    before = cluster.alive()
     threading.Timer(0.2, cluster.nodes.pop, ["worker"]).start()
     assert lost_since(before, patience=20) == {"worker"}
 
@@ -71,7 +70,7 @@ def test_what_a_node_has_told_itself_is_waited_for_less_long() -> None:
 def test_without_other_nodes_nothing_is_waited_for(cluster: Cluster) -> None:
     cluster.nodes = {"only": {}}
     began = time.monotonic()
-    assert lost_since({"only": {}}, patience=20) == set()
+    assert lost_since(cluster.alive(), patience=20) == set()
     assert time.monotonic() - began < 10
 
 
@@ -81,24 +80,35 @@ def test_a_stage_without_a_node_for_its_workers_ends_and_says_what_is_missing(cl
         pytest.raises(
             NexusError, match=r"collect: for 0.001 minutes there was no place for a worker of 2 CPU"
         ) as caught,
-        patience.patience("collect", {"CPU": 2.0}, 1, minutes=0.001),
+        patience.patience("collect", wanted(0.001, cpus=2), 1, {}),
     ):
         wait_for_ever()
-    assert "the 2 nodes could hold 0" in caught.value.message
+    assert "the nodes could hold 0 (small: 1 CPU; head (head): nothing)" in caught.value.message
     assert "resources.max_wait_minutes" in str(caught.value.hint)
 
 
 def test_training_needs_places_for_all_of_its_workers(cluster: Cluster) -> None:
     cluster.nodes = {"one": {"CPU": 1.0}}
     with (
-        pytest.raises(NexusError, match="no place for 2 workers of 1 CPU each; the 1 nodes could hold 1"),
-        patience.patience("training", {"CPU": 1.0}, 2, minutes=0.001),
+        pytest.raises(NexusError, match="no place for 2 workers of 1 CPU each; the nodes could hold 1 "),
+        patience.patience("training", wanted(0.001), 2, {}),
     ):
         wait_for_ever()
 
 
+def test_a_head_that_may_not_work_is_no_place(cluster: Cluster) -> None:
+    cluster.nodes = {"head": {"CPU": 8.0}}
+    away = {"ray.io/node-id": "!head"}
+    with (
+        pytest.raises(NexusError, match="no place for a worker of 1 CPU; the nodes are gone"),
+        patience.patience("training", wanted(0.001), 1, away),
+    ):
+        wait_for_ever()
+    assert patience.Patience("training", wanted(0.001), 1, {})._without_place() is None
+
+
 def test_waiting_starts_anew_when_a_node_comes(cluster: Cluster) -> None:
-    watch = patience.Patience("collect", {"CPU": 1.0}, 1, minutes=1)
+    watch = patience.Patience("collect", wanted(1), 1, {})
     assert watch._without_place() is None
     watch._waiting_since = time.monotonic() - 59
     cluster.nodes = {"new": {"CPU": 1.0}}
@@ -115,14 +125,14 @@ def test_workers_that_die_before_they_have_done_anything_end_the_stage(cluster: 
     dying = threading.Timer(0.2, cluster.dead.update, [{bytes([number]): False for number in range(3)}])
     with (
         pytest.raises(NexusError, match="collect: 3 workers died, and none has finished anything since"),
-        patience.patience("collect", {"CPU": 1.0}, 1, minutes=10) as watch,
+        patience.patience("collect", wanted(10), 1, {}) as watch,
     ):
         wait_for_ever(after=lambda: (watch.may_die(3), dying.start()))
 
 
 def test_those_that_run_out_of_memory_are_told_from_others(cluster: Cluster) -> None:
     cluster.nodes = {"one": {"CPU": 1.0}}
-    watch = patience.Patience("collect", {"CPU": 1.0}, 1, minutes=10)
+    watch = patience.Patience("collect", wanted(10), 1, {})
     watch.may_die(2)
     assert watch._without_progress() is None
     cluster.dead = {b"a": True, b"b": True}
@@ -134,7 +144,7 @@ def test_those_that_run_out_of_memory_are_told_from_others(cluster: Cluster) -> 
 
 
 def test_progress_forgives_the_deaths_before_it(cluster: Cluster) -> None:
-    watch = patience.Patience("collect", {"CPU": 1.0}, 1, minutes=10)
+    watch = patience.Patience("collect", wanted(10), 1, {})
     for number in range(6):
         cluster.dead[bytes([number])] = True
         watch.may_die(2)
@@ -143,12 +153,12 @@ def test_progress_forgives_the_deaths_before_it(cluster: Cluster) -> None:
 
 
 def test_where_nobody_counts_any_number_may_die(cluster: Cluster) -> None:
-    watch = patience.Patience("training", {"CPU": 1.0}, 1, minutes=10)
+    watch = patience.Patience("training", wanted(10), 1, {})
     cluster.dead = {bytes([number]): True for number in range(100)}
     assert watch._without_progress() is None
 
 
 def test_a_stage_that_ends_well_is_left_alone(cluster: Cluster) -> None:
     cluster.nodes = {"one": {"CPU": 1.0}}
-    with patience.patience("collect", {"CPU": 1.0}, 1, minutes=0.001):
+    with patience.patience("collect", wanted(0.001), 1, {}):
         time.sleep(0.2)
