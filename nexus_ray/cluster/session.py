@@ -32,12 +32,7 @@ def ensure_ray() -> None:
         return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
     address = os.environ.get("RAY_ADDRESS")
-    if address:
-        context = _connect(address, quiet)
-    else:
-        logger.info("starting Ray on this machine")
-        # "local": without it Ray would join whatever cluster was last started on this machine.
-        context = ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **quiet)
+    context = _connect(address, quiet) if address else _start(quiet)
     worker_log.listen(everything=logger.isEnabledFor(logging.DEBUG))
     stop_as_on_ctrl_c()
     tell_ray(context)
@@ -68,6 +63,26 @@ def _connect(address: str, options: dict[str, Any]) -> Any:
             f"the cluster at RAY_ADDRESS={address} does not fit this process. {error}",
             "install the same Python and Ray in both; or let the cluster's own run it: `ray job submit --working-dir . "
             "-- python jobs/pipeline.py CONFIG`",
+        ) from error
+
+
+def _start(options: dict[str, Any]) -> Any:
+    """Start Ray here.
+
+    Raises:
+        NexusError: it did not start.
+    """
+    import ray
+
+    logger.info("starting Ray on this machine")
+    try:
+        # "local": without it Ray would join whatever cluster was last started on this machine.
+        return ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **options)
+    except Exception as error:  # Ray has no class of its own for what its processes could not do
+        raise NexusError(
+            f"Ray has not started on this machine: {str(error).strip().partition(chr(10))[0]}",
+            "its processes have 30 seconds, memory and space in /tmp; their logs are in /tmp/ray/session_latest/logs. "
+            "When the machine has less to do, the same command continues",
         ) from error
 
 

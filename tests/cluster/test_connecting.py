@@ -73,3 +73,13 @@ def test_a_cluster_of_another_ray_or_python_is_refused_with_both_versions(listen
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}" if listens else "auto")
         with pytest.raises(NexusError, match=r"does not fit this process(.|\n)*2\.40\.0(.|\n)*3\.9\.1"):
             ensure_ray()
+
+
+def test_a_ray_that_does_not_start_here_is_told_in_words(monkeypatch) -> None:
+    late = Exception("The current node timed out during startup. This\ncould happen because ...")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse(late))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(NexusError, match="Ray has not started on this machine: The current node timed out") as caught:
+        ensure_ray()
+    assert "ray/session_latest/logs" in str(caught.value.hint)
