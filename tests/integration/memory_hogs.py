@@ -62,7 +62,6 @@ def pool(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def train(folder: Path) -> dict[str, Any]:
     """What a training of such workers gives."""
-
     folder.mkdir()
     attempts = folder / "attempts"
     attempts.touch()
@@ -73,9 +72,7 @@ def train(folder: Path) -> dict[str, Any]:
         take_too_much()
 
     try:
-        run_distributed(
-            loop, {}, folder / "training", RESOURCES, metrics=folder / "metrics.jsonl", steps=1, checkpoints=folder
-        )
+        run_distributed(loop, {}, folder / "training", RESOURCES, steps=1, checkpoints=folder)
     except NexusError as error:
         return {"message": error.message, "hint": error.hint, "attempts": len(attempts.read_text())}
     return {}

@@ -89,7 +89,8 @@ class PrivateCluster:
         """`ray job submit`, of this repository; the job's id."""
         job = f"{script}-{time.monotonic_ns()}"
         options = ["--no-wait", f"--submission-id={job}", "--working-dir=.", "--runtime-env=deploy/runtime_env.yaml"]
-        self._ray("submit", *options, "--", "python", f"jobs/{script}.py", *map(str, arguments))
+        command = ["submit", *options, "--", "python", f"jobs/{script}.py", *map(str, arguments)]
+        wait_until(lambda: self._ray(*command, unless="No available agent"), "an agent that takes the job")
         return job
 
     def stop(self, job: str) -> None:
@@ -130,12 +131,16 @@ class PrivateCluster:
                 continue
         return found
 
-    def _ray(self, *arguments: str) -> None:
+    def _ray(self, *arguments: str, unless: str | None = None) -> bool:
+        """`ray job`; false when it failed with this message, which it may do while the cluster is new."""
         command = [*RAY, "job", *arguments]
         done = subprocess.run(
             command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
         )
+        if done.returncode and unless is not None and unless in done.stderr:
+            return False
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:] + self._said.read_text()[-2000:]
+        return True
 
     def _get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url + path, timeout=PATIENCE_SECONDS) as answer:
