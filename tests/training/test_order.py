@@ -63,6 +63,15 @@ class TestEpochs:
             assert len(set(epoch)) == 42
         assert epochs[0] != epochs[1], "each epoch is shuffled anew"
 
+    def test_an_epoch_is_shuffled_once(self, monkeypatch):
+        """However often its steps are asked for: what a step costs must not grow with the text."""
+        shuffled, source = list[int](), order(per_step=6)
+        monkeypatch.setattr(SourceOrder, "_shuffled", lambda _, epoch, sequences: shuffled.append(epoch) or sequences)
+        for step in range(3 * 42 // 6):
+            for again in (step, step, step + 1):
+                source.of_step(again)
+        assert shuffled == [-1, 0, 1, 2, 3]
+
     def test_a_batch_always_has_its_full_size(self):
         assert {len(order(per_step=9).of_step(step)) for step in range(40)} == {9}
 

@@ -39,7 +39,7 @@ def _teaching_part(name: str) -> Callable[[PlannedRun], float]:
 
 BOTTLENECKS = (
     Bottleneck(
-        "an epoch is shuffled again, three times a source and step, by every worker",
+        "every worker shuffles each source once an epoch, and keeps the order",
         "`training/feeding/order.py`",
         _training_part("order of sequences"),
     ),

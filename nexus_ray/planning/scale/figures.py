@@ -88,7 +88,6 @@ OPEN_FILE = _figure("opening a target set, a file", 0.2, "ms", "measured here", 
 MANIFEST_FILE = _figure("manifest entry of a file of 39 MB", 1656, "bytes", "measured here", _LIMITS)
 OPEN_MEMORY = _figure("memory of an open target set, a file", 4.5, "kB", "measured here", _LIMITS, 1e3)
 ORDER = _figure("shuffling an epoch, a sequence", 0.23, "us", "measured here", _LIMITS, 1e-6)
-SHUFFLES = _figure("shuffles of each source in a step", 3, "times", "exact", "`training/feeding/feed.py`, `task.py`")
 MERGE = _figure("reading and merging a unit's moments, a byte", 1.7, "ns", "measured here", _LIMITS, 1e-9)
 TOKENISE = _figure("tokenising and packing text, a core", 0.9, "M tokens/s", "measured here", _LIMITS, _MILLION)
 CHECKPOINT = _figure("writing a checkpoint with its checksum", 119, "MB/s", "measured here", _LIMITS, _MB)

@@ -25,19 +25,17 @@ class StepTime:
         bound: what decides the time of its largest micro-batch on a GPU.
         reduce: all-reduce of the gradients, nothing of it hidden behind the backward pass.
         update: of the optimiser.
-        order: finding the step's sequences: the epoch is shuffled again each time.
     """
 
     batches: float
     bound: str
     reduce: float
     update: float
-    order: float
 
     @property
     def seconds(self) -> float:
         """In all."""
-        return self.batches + self.reduce + self.update + self.order
+        return self.batches + self.reduce + self.update
 
 
 def train(run: PlannedRun) -> StageCost:
@@ -52,7 +50,7 @@ def train(run: PlannedRun) -> StageCost:
         TimePart("batches", section.steps * step.batches, scales=True),
         TimePart("gradients reduced", section.steps * step.reduce),
         TimePart("optimiser", section.steps * step.update),
-        TimePart("order of sequences", section.steps * step.order),
+        TimePart("order of sequences", _order(run)),
         TimePart("validation", validations * _validation(run), scales=True),
         TimePart("best weights", validations * best_bytes(run.worker.overlay) / figures.CHECKPOINT),
         TimePart("checkpoints", _checkpoint_seconds(run, step)),
@@ -73,9 +71,7 @@ def step_time(run: PlannedRun) -> StepTime:
     batches = [_micro_batch(run, batch) for batch in micro_batches(config)]
     seconds = sum(forward.seconds + backward.seconds for forward, backward in batches)
     largest = max(batches, key=lambda pair: pair[0].seconds + pair[1].seconds, default=(BatchTime(0), BatchTime(0)))
-    sequences = sum(source.tokens // run.config.data.sequence_length for source in run.text.values())
-    order = figures.SHUFFLES * sequences * figures.ORDER
-    return StepTime(seconds, (largest[0] + largest[1]).bound, _reduce(run), _update(run), order)
+    return StepTime(seconds, (largest[0] + largest[1]).bound, _reduce(run), _update(run))
 
 
 def _micro_batch(run: PlannedRun, batch: dict[str, int]) -> tuple[BatchTime, BatchTime]:
@@ -120,6 +116,16 @@ def _update(run: PlannedRun) -> float:
     if not run.on_gpu:
         return 0.0
     return run.worker.overlay.trained * figures.UPDATE_BYTES / run.gpu.bandwidth
+
+
+def _order(run: PlannedRun) -> float:
+    """Every worker shuffles each source once an epoch, and once more to choose what validation keeps."""
+    seconds, length = 0.0, run.config.data.sequence_length
+    for name, per_step in run.config.sequences_per_step().items():
+        sequences = max(1, run.text[name].tokens // length)
+        epochs = ceil(run.config.train.steps * per_step / sequences)
+        seconds += (epochs + 1) * sequences * figures.ORDER
+    return seconds
 
 
 def _validation(run: PlannedRun) -> float:

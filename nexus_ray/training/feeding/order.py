@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from nexus_ray.errors import DataError
 
+_EPOCHS_KEPT = 2
 Sequences = NDArray[np.int64]
 Group = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -37,6 +38,7 @@ class SourceOrder:
     validation: int
     seed: int
     name: str
+    _epochs: dict[int, Sequences] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse a source that validation would use up.
@@ -67,11 +69,19 @@ class SourceOrder:
 
     def of_step(self, step: int) -> Sequences:
         """The sequences of this source in the global batch of `step`."""
-        sequences = self._split[1]
         positions = np.arange(step * self.per_step, (step + 1) * self.per_step)
-        epochs, offsets = np.divmod(positions, len(sequences))
-        parts = [self._shuffled(int(epoch), sequences)[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
-        return np.concatenate(parts)
+        epochs, offsets = np.divmod(positions, len(self._split[1]))
+        return np.concatenate([self._epoch(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
+
+    def _epoch(self, number: int) -> Sequences:
+        """The training sequences in an epoch's order; two are kept, since a step may end one and begin another."""
+        shuffled = self._epochs.pop(number, None)
+        if shuffled is None:
+            shuffled = self._shuffled(number, self._split[1])
+        self._epochs[number] = shuffled
+        while len(self._epochs) > _EPOCHS_KEPT:
+            self._epochs.pop(next(iter(self._epochs)))
+        return shuffled
 
 
 def share(sequences: Sequences, rank: int, world_size: int) -> Sequences:
