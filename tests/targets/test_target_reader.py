@@ -28,6 +28,7 @@ from handmade_sets import (
 from nexus_ray.targets.reading import reader
 from nexus_ray.targets.reading.cache import TableCache
 from nexus_ray.targets.reading.reader import TargetSet
+from nexus_ray.targets.reading.shards import Shard
 
 ALL = [(output, router) for output in OUTPUTS for router in ROUTERS]
 HEADER = make_header()
@@ -206,6 +207,18 @@ class TestPlaces:
             assert torch.equal(left.input_ids, right.input_ids)
             if left.output is not None:
                 assert_equal(leaves(left.output), leaves(right.output))
+        memory.rm("/bucket", recursive=True)
+
+    def test_shards_in_a_store_are_counted_at_once(self, tmp_path, monkeypatch):
+        """Each is opened while the others are: a store takes its time for each answer."""
+        write_set(tmp_path, HEADER, random_parts(HEADER))
+        memory = fsspec.filesystem("memory")
+        memory.put(f"{tmp_path}/", "/bucket/counted", recursive=True)
+        local, remote = TargetSet.open(tmp_path), TargetSet.open("memory://bucket/counted")
+        numbers, together, open_shard = local.sequences("play"), threading.Barrier(2), Shard._open
+        expected = local.num_targets(numbers)
+        monkeypatch.setattr(Shard, "_open", lambda shard: (together.wait(30), open_shard(shard))[1])
+        assert (remote.num_targets(numbers) == expected).all()
         memory.rm("/bucket", recursive=True)
 
     def test_a_file_uri_is_a_place_too(self, tmp_path):

@@ -10,6 +10,7 @@ from nexus_ray.planning.scale import figures
 from nexus_ray.planning.scale.learning import train
 from nexus_ray.planning.scale.run import PlannedRun
 from nexus_ray.planning.scale.teaching import precompute
+from nexus_ray.targets.reading.reader import AT_ONCE
 
 _HASHES = 3  # of the text: two recipes of `collect`, names of shards in `precompute`
 
@@ -78,7 +79,7 @@ BOTTLENECKS = (
         "every worker of `train` opens the whole manifest", "`targets/reading/`", _training_part("targets opened")
     ),
     Bottleneck(
-        "footers of a step's shards, one after the other, from an object store",
+        f"footers of a step's shards, {AT_ONCE} at a time, from an object store",
         "`targets/reading/reader.py`",
         lambda run: _footers(run) * figures.STORE_REQUEST,
     ),
@@ -86,12 +87,15 @@ BOTTLENECKS = (
 
 
 def _footers(run: PlannedRun) -> float:
-    """Shards whose rows a worker counts: those of all sequences of every step, few of them seen shortly before."""
+    """Rounds of requests for the shards whose rows a worker counts.
+
+    They are those of all sequences of every step; few of them were seen shortly before.
+    """
     sequences = sum(run.config.sequences_per_step().values())
     shards = run.shards
     a_step = shards * (1 - (1 - 1 / shards) ** sequences)
     kept = min(1.0, _OPEN_SHARDS / shards)
-    return ceil(run.config.train.steps * a_step * (1 - kept))
+    return run.config.train.steps * ceil(a_step * (1 - kept) / AT_ONCE)
 
 
 _OPEN_SHARDS = 64  # whose footers a worker keeps (`targets/reading/reader.py`)

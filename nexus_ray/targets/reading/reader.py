@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from nexus_ray.targets.reading.target_directory import TargetDirectory
 from nexus_ray.targets.teacher import OutputTargets, RouterTargets
 
 CACHE_BYTES = 256 << 20  # of row groups that a set keeps in memory
+AT_ONCE = 32  # shards that are counted at the same time where each is a request to a store
 _OPEN_SHARDS = 64  # whose footers a set keeps in memory
 _IDENTITY = 12  # digits of a digest that tell two apart in a message
 
@@ -79,6 +81,7 @@ class TargetSet:
         self._row_groups: TableCache[tuple[int, int, bool]] = TableCache(CACHE_BYTES)
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._lock = threading.RLock()
+        self._map: Callable[..., Iterable[None]] = ThreadPoolExecutor(AT_ONCE).map if place.is_remote else map
 
     @classmethod
     def open(
@@ -180,13 +183,20 @@ class TargetSet:
         return StoredRow(shard.path, table, row)
 
     def _counts(self, sequences: Sequences) -> NDArray[np.int64]:
-        """[n, 2] tokens and targets."""
+        """[n, 2] tokens and targets; storage that answers late is asked for several shards at once."""
         files = self._files(sequences)
         counts = np.zeros((len(sequences), 2), dtype=np.int64)
-        for index in np.unique(files):
+
+        def count(shard: Shard, index: int) -> None:
             chosen = files == index
-            with self._lock:
-                counts[chosen] = self._use(int(index)).counts(sequences[chosen] - self._starts[index])
+            counts[chosen] = shard.counts(sequences[chosen] - self._starts[index])
+
+        needed, size = np.unique(files).tolist(), min(AT_ONCE, _OPEN_SHARDS)
+        for start in range(0, len(needed), size):
+            indices = needed[start : start + size]
+            with self._lock:  # also for the threads that count: each has a shard of its own
+                shards = [self._use(index) for index in indices]
+                deque(self._map(count, shards, indices), maxlen=0)
         return counts
 
     def _files(self, sequences: Sequences) -> NDArray[np.int64]:

@@ -33,6 +33,11 @@ class TargetDirectory:
         except ValueError as error:
             raise StorageError(f"{self._location} cannot be opened: {error}", _INSTALL) from error
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether each read is a request over a network."""
+        return is_remote(self._place)
+
     def __str__(self) -> str:
         return self._location
 
