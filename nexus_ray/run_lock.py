@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -16,8 +15,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nexus_ray.errors import NexusError
+from nexus_ray.interrupting import interrupt_main_thread
 from nexus_ray.layout import RunLayout
-from nexus_ray.storage import is_remote, make_directory, read_text, remove, write_json
+from nexus_ray.storage import is_remote, make_directory, read_text, remove, storage_error, write_json
 from nexus_ray.storage.lease import HeldError, Lease
 
 LOCK = ".lock"
@@ -82,7 +82,7 @@ def _leased(lease: Lease, layout: RunLayout) -> Iterator[RunLock]:
         lease.acquire()
     except HeldError as error:
         raise _held(layout, error.holder) from None
-    lease.keep(_interrupt if threading.current_thread() is threading.main_thread() else lambda: None)
+    lease.keep(interrupt_main_thread if threading.current_thread() is threading.main_thread() else lambda: None)
     try:
         yield RunLock(lease)
     except KeyboardInterrupt:
@@ -93,13 +93,6 @@ def _leased(lease: Lease, layout: RunLayout) -> Iterator[RunLock]:
         lease.release()
 
 
-def _interrupt() -> None:
-    """Stop what the main thread does, as Ctrl-C would."""
-    main = threading.main_thread().ident
-    assert main is not None
-    signal.pthread_kill(main, signal.SIGINT)
-
-
 @contextmanager
 def _file_locked(directory: Path) -> Iterator[None]:
     holder = directory / _HOLDER
@@ -108,6 +101,8 @@ def _file_locked(directory: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise _held(RunLayout(directory), _read(holder)) from error
+    except OSError as error:  # another user's, or a file system that may only be read
+        raise storage_error(error, directory / LOCK) from error
     try:
         write_json(holder, this_process())
         yield

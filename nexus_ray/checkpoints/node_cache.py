@@ -120,11 +120,15 @@ def _repair(entry: Entry, place: UPath, files: Sequence[StoredFile], what: str) 
             _say_if_changed(entry, place)
         _check_space(entry, place, missing)
         record(known)
-        for file, cached in _fetch_all(entry, place, missing, what):
+
+        def keep(file: StoredFile, cached: CachedFile) -> None:
             known[file.name] = cached
             record(known)
+
+        _fetch_all(entry, place, missing, what, keep)
         weights = not entry.name.endswith(_DESCRIBES)
         if entry_of(place, list_model(place, weights=weights), weights=weights).name != entry.name:
+            record({name: cached for name, cached in known.items() if name not in {file.name for file in missing}})
             raise ModelError(f"{place} changed while it was fetched", "run the same command again when it is uploaded")
     elif known != entry.read():
         record(known)
@@ -158,26 +162,33 @@ def _content(entry: Entry, name: str) -> CachedFile:
 
 
 def _fetch_all(
-    entry: Entry, place: UPath, files: Sequence[StoredFile], what: str
-) -> Iterator[tuple[StoredFile, CachedFile]]:
-    """Fetch files one after the other; each is hashed while the next one arrives."""
+    entry: Entry,
+    place: UPath,
+    files: Sequence[StoredFile],
+    what: str,
+    keep: Callable[[StoredFile, CachedFile], None],
+) -> None:
+    """Fetch files one after the other; each is hashed, and kept, in a thread while the next one arrives."""
+
+    def accept(file: StoredFile) -> None:
+        keep(file, _accept(entry, place / file.name, file))
+
     left, whole = sum(_bytes_left(entry, file) for file in files), sum(file.size for file in files)
     if whole > _MB:
         log_in_workers()
         logger.info(
             "fetching the %s %s: %.1f of %.1f GB, into %s", what, place, left / 1e9, whole / 1e9, entry.directory
         )
-    arrived: deque[tuple[StoredFile, Future[CachedFile]]] = deque()
+    arrived: deque[Future[None]] = deque()
     with progress(f"fetching {what} (MB)", left // _MB, "MB") as advance, ThreadPoolExecutor(1) as hasher:
         count = _in_megabytes(advance)
         for file in files:
             fetch(place / file.name, file, entry.partial / file.name, count)
-            arrived.append((file, hasher.submit(_accept, entry, place / file.name, file)))
-            while arrived and arrived[0][1].done():
-                done, cached = arrived.popleft()
-                yield done, cached.result()
-        for done, cached in arrived:
-            yield done, cached.result()
+            arrived.append(hasher.submit(accept, file))
+            while arrived and arrived[0].done():
+                arrived.popleft().result()
+        for accepted in arrived:
+            accepted.result()
 
 
 def _accept(entry: Entry, source: UPath, file: StoredFile) -> CachedFile:

@@ -23,8 +23,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(sign in text for sign in _OUT_OF_MEMORY_WORDS)
 
 
+def is_preemption(error: BaseException) -> bool:
+    """Whether an error says that work ended because its node was to be taken away, which Ray had been told before."""
+    return type(error).__name__ == "PreemptionError"
+
+
 def seconds_to_notice(error: BaseException) -> float:
     """How long it may take until a node is known to be lost whose loss has caused an error."""
+    if is_preemption(error):
+        return 0.0
     return _SHUTDOWN_SECONDS if any(words in str(error) for words in _NODE_LIVES_WORDS) else NOTICED_SECONDS
 
 

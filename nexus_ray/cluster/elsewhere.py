@@ -9,16 +9,18 @@ import io
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from logging.handlers import QueueHandler
 from typing import Any, ParamSpec, TypeVar, cast
 
+from nexus_ray.cluster.patience import patience
 from nexus_ray.cluster.placement import find_place
 from nexus_ray.cluster.requests import actor_options
 from nexus_ray.cluster.session import on_cluster
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError, error_from_record, error_to_record
+from nexus_ray.versions import driver_versions, require_same
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -72,28 +74,39 @@ def _run_there(
 
     options = actor_options(resources) | ({"label_selector": selector} if selector else {})
     task = ray.remote(_stream).options(num_returns="streaming", max_retries=0, **options)
-    stream: Any = task.remote(logging.getLogger(_PACKAGE).level, function, arguments, named)
-    try:
-        for reference in stream:
-            kind, value = ray.get(reference)
-            if kind == "log":
-                logging.getLogger(value.name).handle(value)
-            elif kind == "print":
-                print(value, end="", flush=True)
-            elif kind == "error":
-                raise error_from_record(value)
-            else:
-                return value
-    except KeyboardInterrupt:
-        ray.cancel(stream, force=True)
-        raise
+    stream: Any = task.remote(logging.getLogger(_PACKAGE).level, driver_versions(), function, arguments, named)
+    with patience(what, resources, 1, selector):
+        try:
+            return _result(map(ray.get, stream))
+        except KeyboardInterrupt:
+            ray.cancel(stream, force=True)
+            raise
+
+
+def _result(told: Iterable[tuple[str, Any]]) -> Any:
+    """The result, when all before it was shown here; raises the error."""
+    for kind, value in told:
+        if kind == "log":
+            logging.getLogger(value.name).handle(value)
+        elif kind == "print":
+            print(value, end="", flush=True)
+        elif kind == "error":
+            raise error_from_record(value)
+        else:
+            return value
     raise AssertionError("the stream ends with a result")
 
 
 def _stream(
-    level: int, function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]
+    level: int,
+    driver: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    named: dict[str, Any],
 ) -> Iterator[tuple[str, Any]]:
     """The task: what is logged and printed as it comes, then the result or the error."""
+    import ray
+
     said: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     package = logging.getLogger(_PACKAGE)
     package.handlers, package.propagate = [_Forwarding(said)], False
@@ -102,6 +115,7 @@ def _stream(
 
     def work() -> None:
         try:
+            require_same(driver, ray.util.get_node_ip_address())
             with redirect_stdout(_Printed(said)):
                 said.put(("result", function(*arguments, **named)))
         except NexusError as error:

@@ -12,6 +12,7 @@ from nexus_ray.config import ResourcesSection
 _HEAD = "node:__internal_head__"  # the resource by which Ray marks the head
 _NODE_LABEL = "ray.io/node-id"  # the label that every node has
 _OURS_TO_SHOW = ("CPU", "GPU", "memory")
+_ROUNDING = 1e-9
 _MOST_SHOWN = 4  # nodes in a message
 
 
@@ -33,7 +34,13 @@ class Node:
 
     def holds(self, request: Mapping[str, float]) -> int:
         """How many workers of this request it could hold if it did nothing else."""
-        return min((int(self.resources.get(name, 0.0) / amount + 1e-9) for name, amount in request.items()), default=1)
+        return min((self._holds(name, amount) for name, amount in request.items()), default=1)
+
+    def _holds(self, name: str, amount: float) -> int:
+        has = self.resources.get(name, 0.0)
+        if name == "GPU" and amount < 1:  # a worker's share is of one GPU
+            return int(has) * int(1 / amount + _ROUNDING) + int(has % 1 / amount + _ROUNDING)
+        return int(has / amount + _ROUNDING)
 
     def __str__(self) -> str:
         shown = {name: amount for name, amount in self.resources.items() if _is_shown(name)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from nexus_ray.cluster.nodes import alive_nodes, allowed, listed, room
 from nexus_ray.cluster.requests import bundle, in_words
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import NexusError
+from nexus_ray.interrupting import interrupt_main_thread
 
 logger = logging.getLogger(__name__)
 _LOOK_SECONDS = 2.0
@@ -58,7 +58,7 @@ class Patience(threading.Thread):
         while not self._ended.wait(_LOOK_SECONDS):
             self.verdict = self._without_place() or self._without_progress()
             if self.verdict is not None:
-                _interrupt_main_thread()
+                interrupt_main_thread()
                 return
 
     def end(self) -> None:
@@ -139,11 +139,3 @@ def _needs(workers: int, request: Mapping[str, float]) -> str:
     """What is waited for, in words."""
     each = in_words(request) or "nothing"
     return f"{workers} workers of {each} each" if workers > 1 else f"a worker of {each}"
-
-
-def _interrupt_main_thread() -> None:
-    """Do what Ctrl-C does; a signal also ends a wait for a lock, which `_thread.interrupt_main` does not."""
-    handled = (number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number)))
-    number = next(handled, None)
-    if number is not None:
-        signal.pthread_kill(threading.main_thread().ident or 0, number)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, StringConstraints, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+    model_validator,
+)
 
 from nexus_ray.config.base import Section
 
@@ -13,6 +20,12 @@ ResourceStage = Literal[
     "collect", "select", "convert", "precompute", "train", "evaluate", "export", "pretrain", "serve"
 ]
 _OWN_FIELDS = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker", "memory": "memory_gib_per_worker"}
+
+
+def _whole_above_one(gpus: float) -> float:
+    if gpus > 1 and not gpus.is_integer():
+        raise ValueError("must be a whole number, or a part of one: Ray shares single GPUs only")
+    return gpus
 
 
 class WorkersSection(Section):
@@ -26,7 +39,9 @@ class WorkersSection(Section):
         "default: all at once",
     )
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and torch threads, of a worker")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs of a worker; 0 runs on CPU")
+    gpus_per_worker: Annotated[float, AfterValidator(_whole_above_one)] = Field(
+        0, ge=0, description="GPUs of a worker; 0 runs on CPU, a part of one is shared with others"
+    )
     memory_gib_per_worker: float | None = Field(None, gt=0, description="memory that Ray reserves for a worker")
     accelerator_type: Annotated[str, StringConstraints(min_length=1)] | None = Field(
         None, description="kind of GPU that a worker's node must have, as Ray names it: A100-80G, H100, L40S"

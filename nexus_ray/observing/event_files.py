@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_ray.storage import Place, atomic_file, is_remote
+from nexus_ray.storage.objects import write_object_soon
 
 DIRECTORY, JOINED = "events", "events.jsonl"
 UNKNOWN = 9999  # number of a command that could not see which ones were before it
@@ -142,7 +143,7 @@ def join(directory: Place) -> None:
     lines = b"".join(json.dumps(event).encode() + b"\n" for event in read_events(directory))
     place: Place = directory / JOINED
     if is_remote(place):
-        place.write_bytes(lines)  # an object appears whole or not at all
+        write_object_soon(place, lines)
     else:
         with atomic_file(Path(str(place))) as temporary:
             temporary.write_bytes(lines)

@@ -17,10 +17,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from upath import UPath
+
 from nexus_ray.storage import Place, is_remote
+from nexus_ray.storage.objects import write_object_soon
 
 logger = logging.getLogger(__name__)
 _UPLOAD_SECONDS = 5.0  # between two writes of a whole file to an object store
@@ -106,7 +110,7 @@ class _Appended:
 class _Uploaded:
     """An object: one cannot append to it, so a thread writes all of it again, at most every few seconds."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: UPath) -> None:
         self._place = place
         self._lines: list[bytes] = []
         self._written = 0
@@ -131,14 +135,14 @@ class _Uploaded:
             due = time.monotonic() + _UPLOAD_SECONDS
             while time.monotonic() < due and not self._is_closing:
                 time.sleep(_POLL_SECONDS)
-        self._upload()
+        self._upload(write=partial(write_object_soon, self._place))
 
-    def _upload(self) -> None:
+    def _upload(self, write: Callable[[bytes], object] | None = None) -> None:
         count = len(self._lines)
         if count == self._written:
             return
         try:
-            self._place.write_bytes(b"".join(self._lines[:count]))
+            (write or self._place.write_bytes)(b"".join(self._lines[:count]))
             self._written = count
         except Exception as error:  # whatever a storage raises: work goes on
             self._loss.warn(error)

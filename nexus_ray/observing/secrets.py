@@ -14,13 +14,15 @@ HIDDEN = "***"
 SECRET_FIELDS = "train.trackers."  # addresses of trackers may hold passwords
 _SHORTEST = 8  # characters of a value worth hiding: a shorter one would hide parts of ordinary words
 _NAMED = r"secret|token|password|passwd|credential|signature|api[-_]?key|access[-_]?key(?:[-_]id)?"
-_VARIABLE = re.compile(rf"(?:^|_)(?:{_NAMED})s?(?:_|$)", re.IGNORECASE)
+_IN_TEXT = rf"{_NAMED}|account[-_]?key|sig"
+_VARIABLE = re.compile(rf"(?:(?:^|_)(?:{_NAMED})|password)s?(?:_|$)|(?:^|_)keys?$|connection_?string", re.IGNORECASE)
 _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(\w[\w+.-]*://)[^/\s@]+@"), rf"\1{HIDDEN}@"),  # user and password of an address
     (re.compile(rf"({re.escape(SECRET_FIELDS)}[\w.]+=)\S+"), rf"\1{HIDDEN}"),  # an override on the command line
-    (re.compile(rf"((?<![a-z])(?:{_NAMED})=)[^\s&;,\"']+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"((?<![a-z])(?:{_IN_TEXT})=)[^\s&;,\"']+", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(r"(\b(?:password|secret|api[-_]?key)\"?: *\"?)[^\s&;,\"']+", re.IGNORECASE), rf"\1{HIDDEN}"),
-    (re.compile(r"(\bBearer\s+)\S+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"(\"(?:{_IN_TEXT})\": *\")[^\"]+", re.IGNORECASE), rf"\1{HIDDEN}"),  # of JSON
+    (re.compile(r"(\bBearer\s+|\bAuthorization\"?: *\"?\w+\s+)\S+", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), HIDDEN),  # AWS access key ids
 )
 

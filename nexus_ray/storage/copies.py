@@ -23,7 +23,7 @@ from nexus_ray.storage.digests import digest, sha256_of_file
 from nexus_ray.storage.objects import download, information, listed
 from nexus_ray.storage.places import Place, is_remote
 from nexus_ray.storage.published import GENERATION, Published, published
-from nexus_ray.storage.scratch import Use, make_way, room
+from nexus_ray.storage.scratch import Use, disk_error, make_way, room
 
 logger = logging.getLogger(__name__)
 _ATTEMPTS = 3  # to fetch a file that arrives damaged, or a directory that is replaced meanwhile
@@ -128,14 +128,19 @@ def _copy(key: str, fetch: Callable[[Path], None]) -> Path:
     with _threads:
         parent = room("copies")
         entry = parent / key[:32]
-        if str(entry) not in _in_use:
-            use = Use(entry)
-            use.share()
-            _in_use[str(entry)] = use
-        with FileLock(entry.with_name(f"{entry.name}.fetching")):
-            if not _is_whole(entry):
-                _fill(entry, fetch)
-                make_way(parent)
+        try:
+            if str(entry) not in _in_use:
+                use = Use(entry)
+                use.share()
+                _in_use[str(entry)] = use
+            with FileLock(entry.with_name(f"{entry.name}.fetching")):
+                if not _is_whole(entry):
+                    _fill(entry, fetch)
+                    make_way(parent)
+        except FileNotFoundError:  # of what is fetched
+            raise
+        except OSError as error:
+            raise disk_error(error, entry) from error
         return entry / _CONTENT
 
 

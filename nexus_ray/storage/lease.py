@@ -24,9 +24,11 @@ from upath import UPath
 
 from nexus_ray.errors import NexusError, StorageError
 from nexus_ray.storage.objects import create_object, information, read_object, remove_object, replace_object
+from nexus_ray.storage.retries import for_at_most
 
 logger = logging.getLogger(__name__)
 INTERVAL = 5.0  # seconds between two counts
+RELEASE_SECONDS = 10.0  # for giving it back: the next command needs no more than STILL intervals to find it left
 STILL = 6  # intervals without a count after which the holder is gone: longer than a request waits to be repeated
 
 
@@ -128,14 +130,25 @@ class Lease:
         self._thread.start()
 
     def release(self) -> None:
-        """Stop counting and give the lease back; one that is lost stays with its holder."""
+        """Stop counting and give the lease back; one that is lost stays with its holder.
+
+        Where the store does not answer now the lease is left: nobody counts in it any more.
+        """
         self._ended.set()
         if self._thread is not None:
-            self._thread.join()
-        with self._requests:
-            seen = self._read()
-            if seen is not None and seen.token == self._token:
-                remove_object(self.place)
+            self._thread.join(RELEASE_SECONDS)
+        if not self._requests.acquire(timeout=RELEASE_SECONDS):
+            logger.info("%s stays: the store does not answer", self.place)
+            return
+        try:
+            with for_at_most(RELEASE_SECONDS):
+                seen = self._read()
+                if seen is not None and seen.token == self._token:
+                    remove_object(self.place)
+        except NexusError as error:
+            logger.info("%s stays: %s", self.place, error.message)
+        finally:
+            self._requests.release()
 
     def _keep(self, when_lost: Callable[[], None]) -> None:
         while not self._ended.wait(self._interval):

@@ -6,6 +6,7 @@ so nothing here decides by one whether something is complete.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 from upath import UPath
 
 from nexus_ray.errors import StorageError
-from nexus_ray.storage.retries import retrying, status_of
+from nexus_ray.storage.retries import code_of, for_at_most, retrying, status_of
 
 PRECONDITION_FAILED = 412
+_SOON_SECONDS = 30.0
+_NO_SUCH_UPLOAD = "NoSuchUpload"
 _KEYS_A_REQUEST = 1000  # the most that S3 removes in one
 
 
@@ -52,6 +55,12 @@ def read_object(place: UPath, start: int | None = None, stop: int | None = None)
 def write_object(place: UPath, content: bytes) -> None:
     """Put an object, whole, in one request."""
     retrying(lambda: _inside_bucket(lambda: place.fs.pipe_file(place.path, content), place), place, "write")
+
+
+def write_object_soon(place: UPath, content: bytes) -> None:
+    """The same for what is not worth a long wait: gives up after half a minute."""
+    with for_at_most(_SOON_SECONDS):
+        write_object(place, content)
 
 
 def create_object(place: UPath, content: bytes) -> None:
@@ -145,10 +154,12 @@ def listed(place: UPath) -> dict[str, dict[str, Any]]:
 
 
 def _inside_bucket(action: Any, place: UPath) -> None:
-    """Put something; what is not found then is the bucket."""
+    """Put something; what is not found then is the bucket, or an upload in parts whose last answer was lost."""
     try:
         action()
     except FileNotFoundError as error:
+        if code_of(error) == _NO_SUCH_UPLOAD:
+            raise OSError(errno.EREMOTEIO, "the store has ended the upload") from None
         raise StorageError(
             f"cannot write {place}: the object store has no such bucket ({error})", "create it, or check the URI"
         ) from error

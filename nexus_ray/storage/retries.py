@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
@@ -24,6 +27,7 @@ Result = TypeVar("Result")
 DEADLINE_VARIABLE = "NEXUS_RAY_STORAGE_DEADLINE"
 DEADLINE = 300.0  # seconds that a request is repeated
 LONGEST_WAIT = 10.0  # seconds between two attempts
+_most: ContextVar[float] = ContextVar("most seconds that a request is repeated", default=math.inf)
 _CONTINUES = "run the same command again when it answers: it continues"
 
 _FIRST_FAILURE = 400  # of HTTP statuses
@@ -40,7 +44,7 @@ _PASSING_ERRNO = {
     errno.EHOSTUNREACH,
     errno.ENETUNREACH,
 }
-# Of botocore, aiohttp, urllib3 and azure-core, by name: none of them is imported for a store that is not used.
+# Of botocore, aiohttp, httpx, urllib3 and azure-core, by name: none of them is imported for a store that is not used.
 _PASSING_TYPES = {
     "HTTPClientError",
     "EndpointConnectionError",
@@ -54,6 +58,7 @@ _PASSING_TYPES = {
     "ServiceResponseError",
     "ResponseStreamingError",
     "FlexibleChecksumError",
+    "TransportError",
 }
 _CREDENTIAL_TYPES = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
 _PERMANENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, NotImplementedError)
@@ -93,7 +98,17 @@ def retrying(action: Callable[[], Result], place: UPath, doing: str) -> Result:
 
 def deadline() -> float:
     """Seconds that a request is repeated before the command gives up."""
-    return float(os.environ.get(DEADLINE_VARIABLE) or DEADLINE)
+    return min(_most.get(), float(os.environ.get(DEADLINE_VARIABLE) or DEADLINE))
+
+
+@contextmanager
+def for_at_most(seconds: float) -> Iterator[None]:
+    """Repeat requests of the block no longer than this: what may as well be left undone."""
+    token = _most.set(seconds)
+    try:
+        yield
+    finally:
+        _most.reset(token)
 
 
 def passes(error: BaseException) -> bool:
@@ -111,11 +126,9 @@ def passes(error: BaseException) -> bool:
 
 def answer(error: BaseException) -> str:
     """What the store answered, short: "503 SlowDown", or the failure to reach it."""
-    chain = list(_chain(error))
-    codes = [code for code in map(_code, chain) if code]
-    status = status_of(error)
+    status, code = status_of(error), code_of(error)
     if status is not None:
-        return " ".join(dict.fromkeys([str(status), *codes[:1]]))
+        return " ".join(dict.fromkeys([str(status), *([code] if code else [])]))
     return f"{type(error).__name__}: {error}"
 
 
@@ -141,6 +154,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__
 
 
+def code_of(error: BaseException) -> str | None:
+    """The store's word for a failure ("SlowDown", "NoSuchUpload"), where the exception of a library tells."""
+    return next((code for code in map(_code, _chain(error)) if code), None)
+
+
 def _code(error: BaseException) -> str | None:
     response: Any = getattr(error, "response", None)
     code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
@@ -155,6 +173,7 @@ def status_of(error: BaseException) -> int | None:
             candidates = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
         else:
             candidates = [getattr(one, name, None) for name in ("status", "status_code", "code")]
+            candidates.append(getattr(response, "status_code", None))
         found = next((int(value) for value in candidates if str(value).isdigit()), 0)
         if found >= _FIRST_FAILURE:
             return found

@@ -8,6 +8,7 @@ a killed process left is found and removed by the next one.
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import shutil
 import uuid
@@ -55,7 +56,11 @@ class Use:
 
     def remove(self) -> None:
         """Remove what is claimed alone."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        for path in (self.directory, *_beside(self.directory)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         self._lock.unlink(missing_ok=True)
         self.release()
 
@@ -84,8 +89,11 @@ def working_directory() -> Iterator[Path]:
     _sweep(parent)
     use = Use(parent / uuid.uuid4().hex[:12])
     try:
-        use.share()
-        use.directory.mkdir()
+        try:
+            use.share()
+            use.directory.mkdir()
+        except OSError as error:
+            raise disk_error(error, use.directory) from error
         yield use.directory
     finally:
         use.remove()
@@ -101,11 +109,17 @@ def room(name: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}",
-            "name a directory on a disk of this node with the environment variable NEXUS_RAY_CACHE",
-        ) from error
+        raise disk_error(error, path) from error
     return path
+
+
+def disk_error(error: OSError, path: Path) -> StorageError:
+    """What this node's disk has to say about a path in the cache, for people."""
+    return StorageError(
+        f"cannot write {path}: {error.strerror or error}",
+        "free some space, or name a directory on another disk of this node with the environment variable "
+        "NEXUS_RAY_CACHE",
+    )
 
 
 def make_way(parent: Path, limit: float | None = None) -> None:
@@ -117,7 +131,7 @@ def make_way(parent: Path, limit: float | None = None) -> None:
     """
     most = float(os.environ.get(LIMIT_VARIABLE) or LIMIT_GIB) * 2**30 if limit is None else limit
     locks = sorted(parent.glob("*.lock"), key=_last_used)
-    sizes = {lock: _bytes_of(lock.with_suffix("")) for lock in locks}
+    sizes = {lock: _bytes_of(lock.with_suffix(""), *_beside(lock.with_suffix(""))) for lock in locks}
     total = sum(sizes.values())
     for lock in locks:
         if total <= most:
@@ -133,9 +147,14 @@ def _sweep(parent: Path) -> None:
     make_way(parent, limit=-1)
 
 
-def _bytes_of(directory: Path) -> int:
+def _beside(directory: Path) -> list[Path]:
+    """What a process that was killed left there while it made the directory; its lock excepted."""
+    return [path for path in directory.parent.glob(f"{glob.escape(directory.name)}.*") if path.suffix != ".lock"]
+
+
+def _bytes_of(*directories: Path) -> int:
     total = 0
-    for path in directory.rglob("*"):
+    for path in (inner for directory in directories for inner in directory.rglob("*")):
         with suppress(OSError):
             total += path.lstat().st_size
     return total

@@ -111,7 +111,7 @@ class _Loop:
         while self.progress.step < self.settings.steps and not self.progress.ended:
             self._step(self.progress.step)
         if self.points is not None:
-            self._written(self.points.finished(wait=True))
+            self._written(self.points.all_finished())
 
     def close(self, *, failed: bool) -> None:
         """Let everything end that goes on in the background."""

@@ -101,20 +101,20 @@ class Messages:
             return error_from_record(found) if found else None
         return None
 
-    def want_checkpoint(self, wanted: bool) -> None:
-        """Ask for a checkpoint, or take that back: it is written, or too late."""
+    def want_checkpoint(self, wanted: bool, seconds: float = _DELIVERY_SECONDS) -> None:
+        """Ask for a checkpoint, or take that back: it is written, or too late. Waits so many seconds at most."""
         import ray
 
         with suppress(ray.exceptions.RayError):
-            ray.get(self._box.want_checkpoint.remote(wanted), timeout=_DELIVERY_SECONDS)
+            ray.get(self._box.want_checkpoint.remote(wanted), timeout=seconds)
 
-    def is_checkpoint_wanted(self) -> bool:
-        """Whether one was asked for and not written yet; no when the actor cannot be reached."""
+    def is_checkpoint_wanted(self, seconds: float = _DELIVERY_SECONDS) -> bool | None:
+        """Whether one was asked for and not written yet; None when that is not to be learnt in so many seconds."""
         import ray
 
         with suppress(ray.exceptions.RayError):
-            return bool(ray.get(self._box.is_wanted.remote(), timeout=_DELIVERY_SECONDS))
-        return False
+            return bool(ray.get(self._box.is_wanted.remote(), timeout=seconds))
+        return None
 
     def new_records(self) -> list[Record]:
         """Records since the last call; none when the actor cannot be reached."""

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import suppress
 from typing import TypeVar
 
@@ -58,7 +59,7 @@ class RecoveryPoints:
             before: done first, in the background too.
         """
         assert self._writing is None
-        self._writing = self._writer.submit(self._write, snapshot, before)
+        self._writing = self._writer.submit(self._write, snapshot, before, self._writing_best)
 
     def write_best(self, directory: Place, take: Callable[[], Snapshot]) -> None:
         """Replace the best weights in the background, once those before them are written.
@@ -77,6 +78,9 @@ class RecoveryPoints:
     def finished(self, *, wait: bool = False) -> list[int]:
         """Steps of the checkpoints that were written since the last call.
 
+        Args:
+            wait: for the checkpoint that is being written.
+
         Raises:
             StorageError: one could not be written, or best weights could not.
         """
@@ -88,6 +92,16 @@ class RecoveryPoints:
         writing, self._writing = self._writing, None
         return [self._result(writing)]
 
+    def all_finished(self) -> list[int]:
+        """The same at the end of a training: waits for everything.
+
+        Raises:
+            StorageError: something could not be written.
+        """
+        if self._writing_best is not None:
+            wait_for([self._writing_best])
+        return self.finished(wait=True)
+
     def close(self) -> None:
         """Let the last writes end, whatever they have to say; after one that failed none is begun."""
         self._writer.shutdown(wait=True, cancel_futures=self._failed)
@@ -98,8 +112,10 @@ class RecoveryPoints:
         self._failed = False
         return result
 
-    def _write(self, snapshot: Snapshot, before: Callable[[], None]) -> int:
+    def _write(self, snapshot: Snapshot, before: Callable[[], None], best: Future[None] | None) -> int:
         step = int(snapshot.state["step"])
+        if best is not None:  # it has ended; where it failed nothing may speak of the weights that are not there
+            best.result()
         before()
         began = time.monotonic()
         write_snapshot(_place(self.directory, step), snapshot)

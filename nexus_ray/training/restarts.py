@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nexus_ray.cluster.deaths import OUT_OF_MEMORY_HINT, is_out_of_memory
+from nexus_ray.cluster.deaths import OUT_OF_MEMORY_HINT, is_out_of_memory, is_preemption
 from nexus_ray.errors import NexusError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Attempts:
             NexusError: it is not.
         """
         if reached > self._reached:
-            self._reached, self._since = reached, {}
+            self._reached, self._since, self._waiting_since = reached, {}, None
         cause = cause_of(error, lost)
         if cause == "place":
             self._wait(error)
@@ -86,7 +86,7 @@ class Attempts:
                 f"training lost a node {self._since['node']} times in a row without a new checkpoint",
                 f"lower train.checkpoint_every, or use nodes that stay longer; {_CONTINUES}",
             ) from error
-        names = ", ".join(sorted(node[:12] for node in lost))
+        names = ", ".join(sorted(node[:12] for node in lost)) or "it was to be taken away"
         logger.warning("training lost a node (%s): it goes on from step %d on others", names, self._reached)
 
     def _given_up(self, cause: Cause, error: Exception, failures: int) -> NexusError:
@@ -102,7 +102,7 @@ class Attempts:
 
 def cause_of(error: Exception, lost: Collection[str]) -> Cause:
     """What ended an attempt; the workers that are left fail too when one goes away, each in its own way."""
-    if lost:
+    if lost or is_preemption(error):
         return "node"
     if "WorkerGroupStartupTimeoutError" in _names(error):
         return "place"

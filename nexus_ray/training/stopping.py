@@ -23,6 +23,7 @@ _JOB_STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 _JOB_STOP_WAIT_DEFAULT = 3.0  # Ray's
 _SECONDS_ELSEWHERE = 20.0
 _SECONDS_TO_END = 10.0  # Ray Train's workers, the lock, the process itself
+_SECONDS_TO_TAKE_BACK = 1.0
 _LOOK_EVERY_SECONDS = 0.05
 
 
@@ -37,10 +38,10 @@ def seconds_for_checkpoint() -> float:
 def wait_for_checkpoint(messages: Messages, seconds: float) -> bool:
     """Ask the workers for a checkpoint and wait for it; whether it was written in time."""
     deadline = time.monotonic() + seconds
-    messages.want_checkpoint(True)
-    while messages.is_checkpoint_wanted():
-        if time.monotonic() >= deadline:
-            messages.want_checkpoint(False)
+    messages.want_checkpoint(True, seconds)
+    while (wanted := messages.is_checkpoint_wanted(max(0.0, deadline - time.monotonic()))) is not False:
+        if wanted is None or time.monotonic() >= deadline:
+            messages.want_checkpoint(False, _SECONDS_TO_TAKE_BACK)
             return False
         time.sleep(_LOOK_EVERY_SECONDS)
     return True
@@ -54,7 +55,7 @@ def checkpoint_before_stopping(messages: Messages) -> Iterator[None]:
         return
     asked = False
 
-    def told_to_stop(*_: object) -> None:
+    def told_to_stop(number: int, *_: object) -> None:
         nonlocal asked
         if not asked and worker_log.are_ready():
             asked = True
@@ -62,7 +63,7 @@ def checkpoint_before_stopping(messages: Messages) -> Iterator[None]:
             asking = threading.Thread(target=_ask, args=(messages,), daemon=True)
             asking.start()
             asking.join()
-        stop()
+        stop(number)
 
     before = signal.signal(signal.SIGTERM, told_to_stop)
     try:

@@ -69,12 +69,10 @@ def run_distributed(
     tell_training()
     messages = Messages.open()
     attempts = Attempts(resources.max_failures, resources.max_wait_minutes)
-    worker_log.expect_workers()
     with (
         following(messages.new_records, steps, "train"),
         doing(lambda: worker_log.what_workers_do(needs(resources))),
         patience("training", resources, fewest, selector),
-        _ctrl_c_ours_again(),
         checkpoint_before_stopping(messages),
     ):
         while not _attempt(
@@ -111,7 +109,11 @@ def _trainer(
             name=state.name,
             storage_path=str(state.parent.resolve()),
             # The annotations are those of Ray's first version here too.
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+            failure_config=FailureConfig(
+                max_failures=0,
+                controller_failure_limit=0,  # type: ignore[call-arg]
+                max_preemption_failures=0,
+            ),
             callbacks=[failure_callback(origin())],  # type: ignore[list-item]
         ),
     )
@@ -127,13 +129,16 @@ def _attempt(trainer: Any, messages: Messages, attempts: Attempts, checkpoints: 
     from ray.train import TrainingFailedError
 
     before = alive_nodes()
+    worker_log.expect_workers()
     try:
-        trainer.fit()
+        with _ctrl_c_ours_again():
+            trainer.fit()
     except SystemExit as error:  # how Ray Train answers Ctrl-C, after stopping its workers
         raise KeyboardInterrupt from error
     except (TrainingFailedError, RayError) as error:
         if (failure := messages.failure()) is not None:
             raise failure from error
+        worker_log.expect_workers()  # nobody is there who could be asked for a checkpoint
         lost = lost_since(before, seconds_to_notice(error))
         attempts.after(error, lost, steps_reached(checkpoints))
         return False
@@ -208,7 +213,7 @@ def is_checkpoint_wanted() -> bool:
     if _messages is None or time.monotonic() - _asked < _ASK_EVERY_SECONDS:
         return False
     _asked = time.monotonic()
-    return _messages.is_checkpoint_wanted()
+    return bool(_messages.is_checkpoint_wanted())
 
 
 def checkpoint_is_written() -> None:

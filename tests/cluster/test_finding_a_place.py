@@ -186,6 +186,10 @@ def test_dead_nodes_do_not_count():
     assert str(alive) == "1.2.3.4 (head): 2 CPUs"
 
 
+def test_a_share_of_a_gpu_is_of_one_gpu():
+    assert [node("a", GPU=2).holds({"GPU": share}) for share in (0.6, 0.5, 0.3, 1, 2)] == [2, 4, 6, 2, 1]
+
+
 @pytest.mark.parametrize(("has", "held"), [({"CPU": 7, "GPU": 4}, 3), ({"CPU": 7, "GPU": 0.6}, 1), ({"CPU": 7}, 0)])
 def test_the_scarcest_resource_decides_how_many_workers_a_node_holds(has, held):
     assert node("a", **has).holds({"CPU": 2, "GPU": 0.5}) == held

@@ -57,6 +57,7 @@ def test_a_saved_configuration_says_no_more_of_a_stage_than_was_given(micro_conf
         ({"resources.stages.train.worker": 3}, "did you mean 'workers'"),
         ({"resources.stages.train.min_workers": 3}, r"stages.train: min_workers \(3\) is more than workers \(2\)"),
         ({"resources.min_workers": 2, "resources.stages.serve.workers": 1}, "stages.serve: min_workers"),
+        ({"resources.gpus_per_worker": 1.5}, "gpus_per_worker: must be a whole number, or a part of one"),
         ({"resources.custom_per_worker": {"GPU": 1}}, "custom_per_worker.GPU has a field of its own: gpus_per_worker"),
         ({"resources.placement": "NEAR"}, "Input should be 'PACK' or 'SPREAD'"),
     ],

@@ -9,6 +9,8 @@ from nexus_ray.observing.secrets import hiding
 ENVIRONMENT = {
     "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG",
     "HF_TOKEN": "hf_abcdefghij",
+    "AZURE_STORAGE_ACCOUNT_KEY": "YWNjb3VudCBrZXk=",
+    "PGPASSWORD": "correcthorse",
     "TOKENIZERS_PARALLELISM": "false_or_true",
 }
 
@@ -25,6 +27,12 @@ ENVIRONMENT = {
         ("login with hf_abcdefghij failed", "hf_abcdefghij"),
         ('{"password": "hunter2"}', "hunter2"),
         ("api_key=abc123", "abc123"),
+        ('{"token": "t0p-5ecret"}', "t0p-5ecret"),
+        ("AccountName=me;AccountKey=YWJjZGVm;EndpointSuffix=core", "YWJjZGVm"),
+        ("GET https://me.blob.core/x?sv=2024&sig=f00ba5%3D", "f00ba5"),
+        ("Authorization: Basic dXNlcjpwYXNz", "dXNlcjpwYXNz"),
+        ("storage said YWNjb3VudCBrZXk= is wrong", "YWNjb3VudCBrZXk"),
+        ("login with correcthorse failed", "correcthorse"),
         ("http://tracker.internal/run is down", "tracker.internal"),
     ],
 )
@@ -42,6 +50,7 @@ def test_secrets_are_taken_out_wherever_they_stand(text: str, gone: str):
         "train.optimiser.learning_rate=3e-4",
         "s3://bucket/run: no such token in the vocabulary",
         "https://host/path?page=2",
+        "basic statistics of the design=2",
         "TOKENIZERS_PARALLELISM was false_or_true",
         "data.sources.a.train=a.jsonl",
     ],

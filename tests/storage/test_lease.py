@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -211,3 +212,17 @@ def lose_it(remote, then=None) -> None:
         if then:
             then()
         lock.check()
+
+
+def test_a_store_that_does_not_answer_keeps_no_command_from_ending(remote, object_store, monkeypatch, caplog):
+    """What the command has to say is not replaced by what the lock has: it is left, and nobody counts in it."""
+    monkeypatch.setattr("nexus_ray.storage.lease.RELEASE_SECONDS", 0.2)
+    monkeypatch.setattr(logging.getLogger("nexus_ray"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="nexus_ray")
+    with pytest.raises(KeyError, match="the cause"), object_store.refusing(lambda _: refuse):  # noqa: PT012
+        refuse = False
+        with locked(RunLayout(remote)):
+            refuse = True
+            raise KeyError("the cause")
+    assert "stays" in caplog.text
+    assert exists(remote / ".lock")

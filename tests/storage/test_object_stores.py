@@ -9,6 +9,8 @@ import subprocess
 import sys
 
 import pytest
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 from object_store import BUCKET
 from upath import UPath
 
@@ -33,6 +35,25 @@ from nexus_ray.storage import (
     write_text,
 )
 from nexus_ray.storage.scratch import Use, make_way, working_directory
+
+
+class HubError(OSError):
+    """As the Hugging Face client raises it: the answer is an object of httpx."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"{status} for url")
+        self.response = type("Response", (), {"status_code": status})()
+
+
+class TransportError(Exception):
+    """As httpx names what does not get through."""
+
+
+@pytest.mark.parametrize(
+    ("error", "does"), [(HubError(503), True), (HubError(429), True), (HubError(403), False), (TransportError(), True)]
+)
+def test_what_the_client_of_the_hub_raises_passes_where_the_status_does(error, does):
+    assert retries_module.passes(error) == does
 
 
 class StoppedError(Exception):
@@ -114,6 +135,23 @@ class TestSingleObjects:
         assert object_store.failed
         assert not exists(remote / "large")
         assert keys(object_store, remote) == set()
+
+    def test_a_large_upload_whose_last_answer_was_lost_is_done_again(self, remote, object_store, monkeypatch):
+        """The store has ended it, and knows it no more: that is not a bucket that is missing."""
+        monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda *_, **__: 5 << 20)
+        ended = []
+
+        def forgotten(request) -> bool:
+            if request.method == "POST" and "uploadId" in request.query and not ended:
+                ended.append(request)
+                s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[BUCKET].multiparts.clear()
+                return True
+            return False
+
+        with object_store.refusing(forgotten):
+            write_large(remote / "large")
+        assert ended
+        assert size_of(remote / "large") == 12 << 20
 
     def test_a_bucket_that_is_not_there_is_named(self):
         with pytest.raises(StorageError, match="cannot write s3://nowhere/a: the object store has no such bucket"):
@@ -300,6 +338,18 @@ class TestCopies:
         make_way(tmp_path, limit=250)
         assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"used", "new"}
         reader.release()
+
+    def test_what_a_killed_process_left_beside_a_copy_counts_and_goes_with_it(self, tmp_path):
+        use = Use(tmp_path / "killed")
+        use.share()
+        use.release()
+        (tmp_path / "killed.partial" / "content").mkdir(parents=True)
+        (tmp_path / "killed.partial" / "content" / "file").write_bytes(bytes(100))
+        (tmp_path / "killed.fetching").touch()
+        make_way(tmp_path, limit=10_000)
+        assert (tmp_path / "killed.partial").exists(), "it is within the limit"
+        make_way(tmp_path, limit=99)
+        assert not list(tmp_path.iterdir())
 
     def test_what_a_killed_process_left_is_removed_by_the_next(self, remote, monkeypatch, tmp_path):
         monkeypatch.setenv("NEXUS_RAY_CACHE", str(tmp_path))

@@ -149,6 +149,25 @@ def test_a_write_that_the_system_refuses_is_told_at_the_next_opportunity_and_old
     assert newest(tmp_path)[0] == tmp_path / "step-00000004"
 
 
+def test_a_checkpoint_does_not_speak_of_best_weights_that_could_not_be_written(tmp_path):
+    points = written(tmp_path / "checkpoints", 4)
+    (tmp_path / "file").touch()
+    points.write_best(tmp_path / "file" / "best", lambda: snapshot_after(8))
+    points.write(snapshot_after(8))
+    with pytest.raises(StorageError, match="a file stands where a directory is needed"):
+        points.all_finished()
+    points.close()
+    assert names(tmp_path / "checkpoints") == ["step-00000004"]
+
+
+def test_the_end_of_a_training_waits_for_the_best_weights_too(tmp_path):
+    points = written(tmp_path / "checkpoints", 4)
+    (tmp_path / "file").touch()
+    points.write_best(tmp_path / "file" / "best", lambda: snapshot_after(8))
+    with pytest.raises(StorageError, match="a file stands where a directory is needed"):
+        points.all_finished()
+
+
 def test_older_ones_go_only_after_the_new_one_stands(tmp_path, monkeypatch):
     points = written(tmp_path, 4, keep=1)
 

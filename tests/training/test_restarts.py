@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from nexus_ray.errors import NexusError
@@ -94,3 +96,18 @@ def test_waiting_for_a_place_is_no_failure_but_has_a_bound(monkeypatch: pytest.M
 )
 def test_what_ended_an_attempt_is_told_apart(error: Exception, lost: set[str], cause: str) -> None:
     assert cause_of(error, lost) == cause
+
+
+class PreemptionError(RuntimeError):
+    """As Ray Train names it."""
+
+
+def test_a_node_that_was_to_be_taken_away_costs_no_try() -> None:
+    Attempts(max_failures=0, max_wait_minutes=1).after(PreemptionError("drained"), lost=(), reached=0)
+
+
+def test_a_training_that_got_on_waits_anew_for_a_place() -> None:
+    attempts = Attempts(max_failures=0, max_wait_minutes=1)
+    attempts.after(NO_PLACE, lost=(), reached=0)
+    attempts._waiting_since = time.monotonic() - 3600  # an hour ago, and it has trained since
+    attempts.after(NO_PLACE, lost=(), reached=500)

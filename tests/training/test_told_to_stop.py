@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -30,10 +31,10 @@ class Wishes(Messages):
     def __init__(self) -> None:
         self.box = Box()
 
-    def want_checkpoint(self, wanted: bool) -> None:
+    def want_checkpoint(self, wanted: bool, seconds: float = 0) -> None:
         self.box.want_checkpoint(wanted)
 
-    def is_checkpoint_wanted(self) -> bool:
+    def is_checkpoint_wanted(self, seconds: float = 0) -> bool | None:
         return self.box.is_wanted()
 
 
@@ -76,6 +77,16 @@ def test_without_an_answer_it_stops_when_its_time_is_up(monkeypatch):
     with pytest.raises(KeyboardInterrupt), checkpoint_before_stopping(wishes):
         signal.raise_signal(signal.SIGTERM)
     assert not wishes.is_checkpoint_wanted(), "nothing is asked of the next attempt"
+
+
+def test_a_wish_that_cannot_be_told_is_not_taken_for_a_checkpoint(monkeypatch, caplog):
+    workers_are_ready(monkeypatch)
+    monkeypatch.setattr(logging.getLogger("nexus_ray"), "propagate", True)
+    wishes = Wishes()
+    monkeypatch.setattr(wishes, "is_checkpoint_wanted", lambda seconds=0: None)
+    with pytest.raises(KeyboardInterrupt), checkpoint_before_stopping(wishes):
+        signal.raise_signal(signal.SIGTERM)
+    assert "no checkpoint in time" in caplog.text
 
 
 def test_workers_that_are_still_loading_are_not_waited_for(monkeypatch):
