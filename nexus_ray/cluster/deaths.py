@@ -71,3 +71,26 @@ def dead_workers() -> dict[bytes, bool]:
         ):
             found[bytes(worker.worker_address.worker_id)] = is_memory
     return found
+
+
+def free_abandoned_places() -> int:
+    """Remove this job's placement groups whose maker, an actor, has died; returns how many there were.
+
+    Ray keeps them as long as the job lives. Ray Train removes those of a controller that died by asking Ray's
+    dashboard, which may not be there: the next controller would wait for places that nobody has.
+    """
+    import ray
+    from ray import ActorID, PlacementGroupID
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    job, removed = bytes.fromhex(ray.get_runtime_context().get_job_id()), 0
+    for row in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(row)
+        is_of_an_actor = not ActorID(group.creator_actor_id).is_nil()
+        is_there = group.state != PlacementGroupTableData.PlacementGroupState.REMOVED and not group.is_detached
+        if group.creator_job_id == job and is_of_an_actor and group.creator_actor_dead and is_there:
+            remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
+            removed += 1
+    return removed

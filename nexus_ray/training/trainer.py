@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nexus_ray import worker_log
 from nexus_ray.cluster import begin_as_worker, bundle, find_place, needs
-from nexus_ray.cluster.deaths import lost_since, seconds_to_notice
+from nexus_ray.cluster.deaths import free_abandoned_places, lost_since, seconds_to_notice
 from nexus_ray.cluster.nodes import Node, alive_nodes, room
 from nexus_ray.cluster.patience import patience
 from nexus_ray.config import ResourcesSection
@@ -140,6 +140,7 @@ def _attempt(trainer: Any, messages: Messages, attempts: Attempts, checkpoints: 
             raise failure from error
         worker_log.expect_workers()  # nobody is there who could be asked for a checkpoint
         lost = lost_since(before, seconds_to_notice(error))
+        free_abandoned_places()
         attempts.after(error, lost, steps_reached(checkpoints))
         return False
     return True
