@@ -1,9 +1,12 @@
 """Fixtures of the generation tests: assistants over the micro model, and the models themselves as references."""
 
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers.utils import chat_template_utils
 
 from nexus_ray.config import ModelSection
 from nexus_ray.generation.assistant import Assistant
@@ -11,6 +14,19 @@ from nexus_ray.generation.batching.engine import BatchingEngine
 from nexus_ray.generation.batching.paged import BatchLimits
 from nexus_ray.generation.codec import Codec
 from nexus_ray.modeling.loading import LoadedModel, load_base, load_student
+
+
+class TheSameDay(datetime):
+    """What prompts say of today is the same every day: on some days the answers of random weights end early."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:
+        return datetime(2026, 11, 22, 12, tzinfo=tz)
+
+
+@pytest.fixture(autouse=True)
+def _every_day_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template_utils, "datetime", TheSameDay)
 
 
 @pytest.fixture(scope="session")
