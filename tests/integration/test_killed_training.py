@@ -178,6 +178,7 @@ def test_a_driver_killed_and_one_told_to_stop_continue_and_end_with_the_same_ove
     assert losses(layout) == losses(whole)
 
 
+@pytest.mark.slow
 def test_one_worker_and_three_agree(make_run, whole):
     alone = trained(make_run("alone", **{"resources.workers": 1, "train.micro_batch_sequences": 8}))
     for found, expected in zip(losses(alone)[:20], losses(whole)[:20], strict=True):
@@ -186,6 +187,7 @@ def test_one_worker_and_three_agree(make_run, whole):
     assert parts[0]["tokens"] == parts[1]["tokens"]
 
 
+@pytest.mark.slow
 def test_with_fewer_places_than_workers_wanted_it_trains_on_those_there_are(make_run, whole):
     config = make_run("elastic", **{"resources.workers": 8, "resources.min_workers": 1})
     for found, expected in zip(losses(trained(config))[:20], losses(whole)[:20], strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from object_store import BUCKET, ObjectStore
 
 from nexus_ray.config import Config
@@ -13,6 +14,7 @@ from nexus_ray.pipeline import run_pipeline
 from nexus_ray.storage import sha256_file
 
 
+@pytest.mark.slow
 def test_statistics_are_the_same_bytes(
     finished: Config,
     object_store: ObjectStore,

@@ -214,9 +214,9 @@ def test_a_broken_router_names_layer_sequence_and_file(micro_config, tmp_path, i
 
 
 @pytest.mark.ray
-def test_one_two_and_four_workers_give_the_same_bytes(micro_config, tmp_path, ray_session):
+def test_one_and_three_workers_give_the_same_bytes(micro_config, tmp_path, ray_session):
     found = set()
-    for workers in (1, 2, 4):
+    for workers in (1, 3):
         config = micro_config(tmp_path / f"workers{workers}", **{"resources.workers": workers})
         layout = RunLayout(config.run.directory)
         collect(config, layout)
