@@ -273,14 +273,15 @@ class TestMetrics:
 class TestTensorBoard:
     def events(self, layout: RunLayout) -> list[Event]:
         """Of all files in the store, in the order of their making; by the format: length, checksum, data, checksum."""
-        found = []
-        for name, _ in sorted(listed(layout.tensorboard).items(), key=lambda item: item[1]["LastModified"]):
-            data = read_bytes(layout.tensorboard / name)
+        files = []
+        for name in listed(layout.tensorboard):
+            data, found = read_bytes(layout.tensorboard / name), list[Event]()
             while data:
                 (length,) = struct.unpack("<Q", data[:8])
                 found.append(Event.FromString(data[12 : 12 + length]))
                 data = data[16 + length :]
-        return found
+            files.append(found)
+        return [event for found in sorted(files, key=lambda found: found[0].wall_time) for event in found]
 
     def test_its_files_are_in_the_store_and_a_resumed_training_adds_one(self, stored: Make):
         train(stored(), stop_before=8)
