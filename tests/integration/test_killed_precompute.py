@@ -59,6 +59,7 @@ def whole(make_micro_config, tmp_path, monkeypatch) -> Path:
     return RunLayout(config.run.directory).targets
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments_and_a_restart_give_the_same_files(make_micro_config, tmp_path, whole):
     generator = random.Random(0)
     config = make_micro_config(tmp_path / "killed", **_SMALL_SHARDS)

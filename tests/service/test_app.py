@@ -163,7 +163,9 @@ def check_disconnect(client):
         next(response.iter_lines())
     assert client.post("/v1/chat/completions", json=BODY).elapsed.total_seconds() < seconds / 2
     with pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/chat/completions", json=long, timeout=seconds / 5)
+        client.post(
+            "/v1/chat/completions", json=long, timeout=min(seconds / 5, 0.2)
+        )  # of a machine that may have been busy
     assert client.post("/v1/chat/completions", json=BODY).elapsed.total_seconds() < seconds / 2
 
 
