@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import pytest
 from checkpoints.counting_store import BUCKET, CountingStore
 from checkpoints.fetch_in_child import PIECE_BYTES, fetch_model
 from filelock import FileLock
+from upath import UPath
 
 from nexus_ray.checkpoints import cache_entry, fetching, node_cache
 from nexus_ray.checkpoints.cache_entry import Entry
@@ -264,6 +266,31 @@ def test_a_model_that_changes_while_it_is_fetched_is_refused(
     monkeypatch.setattr(node_cache, "_accept", change)
     with pytest.raises(ModelError, match="changed while it was fetched"):
         local_model(place_of(remote_model))
+    assert not any(entry.read() for entry in cache_entry.entries()), "who knows which state each file is of"
+
+
+def test_a_file_is_known_to_be_whole_while_the_next_one_arrives(
+    store: CountingStore, remote_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill during the next one must not cost it."""
+    seen: list[str] = []
+
+    def fetch(source: UPath, *arguments: object) -> None:
+        deadline = time.monotonic() + 10
+        while seen and seen[-1] not in _known() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert set(seen) <= _known()
+        seen.append(source.name)
+        real(source, *arguments)  # type: ignore[arg-type]
+
+    real = node_cache.fetch
+    monkeypatch.setattr(node_cache, "fetch", fetch)
+    local_model(place_of(remote_model))
+    assert len(seen) > 2
+
+
+def _known() -> set[str]:
+    return {name for entry in cache_entry.entries() for name in entry.read()}
 
 
 def test_bytes_that_are_not_what_the_store_says_are_fetched_once_more(
