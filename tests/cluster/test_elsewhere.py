@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from nexus_ray.cluster import run_on_worker
+from nexus_ray.cluster import elsewhere, run_on_worker
 from nexus_ray.config import ResourcesSection
 from nexus_ray.errors import ArtefactError, NexusError
+from nexus_ray.versions import driver_versions
 
 ONE = ResourcesSection(workers=1)
 
@@ -71,3 +72,9 @@ def test_a_step_whose_worker_dies_begins_again_and_is_given_up_in_the_end(on_a_c
     with pytest.raises(NexusError, match="step: its worker died 4 times"):
         run_on_worker("step", ONE, step, "killed")
     assert any("it begins again" in record.getMessage() for record in caplog.records)
+
+
+def test_a_node_of_other_versions_is_refused_before_it_does_anything(on_a_cluster, monkeypatch):
+    monkeypatch.setattr(elsewhere, "driver_versions", lambda: driver_versions() | {"torch": "1.0.0"})
+    with pytest.raises(NexusError, match=r"torch .* instead of 1\.0\.0"):
+        run_on_worker("step", ONE, step, "done")
